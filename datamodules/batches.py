@@ -1,0 +1,145 @@
+"""The batch contract: one frozen dataclass per kind of batch. Every DataModule that yields it passes the same tests.
+
+Lightning moves a batch through its `to`. `state` says where the stream stands behind a training batch; the DataModule takes it
+off when the batch is consumed, modules never see it.
+
+Shapes: B images, H W pixels.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nextflow.sequence.documents import TextSegment
+from nextflow.sequence.layout import PackedRows
+from nextflow.sequence.scales import Grid
+
+
+class StreamState(NamedTuple):
+    """Where a stream stands after a batch."""
+
+    slot: int
+    """Which of the rank's streams (one per loader worker) the batch comes from."""
+    num_slots: int
+    source: str
+    """Name of what is read, so that stages of a curriculum keep their places apart."""
+    position: dict[str, Any]
+    """Plain JSON types: pass, window and offset of the stream, and the places of samples that are read but in no batch yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageBatch:
+    """Images of one level and one aspect ratio, with their captions."""
+
+    images_BCHW: Tensor
+    """uint8 [B, 3, H, W]."""
+    captions: list[str]
+    """The texts of the image's document; empty if it has none."""
+    keys: list[str]
+    """Key of each sample in its shard."""
+    names: list[str]
+    """The image's file in its sample, such as "0.png"."""
+    records: list[dict[str, Any]]
+    """KEY.json of each sample."""
+    level: int
+    aspect_ratio: float
+    """Height / width of the bucket's base grid."""
+    grids: tuple[Grid, ...]
+    """Grids of all scales of these images."""
+    split: str = "train"
+    state: StreamState | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """`images_BCHW`."""
+        return self.images_BCHW
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageBatch":
+        """The same batch on another device."""
+        return replace(self, images_BCHW=self.images_BCHW.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Packed rows of documents, for next-token and next-scale prediction."""
+
+    rows: PackedRows
+    images: tuple[Tensor, ...] = ()
+    """uint8 [3, H, W], one per image in document order, to be encoded on the fly; empty when the rows hold codes."""
+    grids: tuple[tuple[Grid, ...], ...] = ()
+    """Grids of each image in document order."""
+    keys: tuple[str, ...] = ()
+    """Key of each document."""
+    num_documents: int
+    level: int
+    split: str = "train"
+    state: StreamState | None = None
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
+        """The same batch on another device."""
+        return replace(
+            self,
+            rows=self.rows.to(device, non_blocking=non_blocking),
+            images=tuple(image.to(device, non_blocking=non_blocking) for image in self.images),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawImage:
+    """An image of a prompt, still pixels."""
+
+    pixels_CHW: Tensor
+    """uint8 [3, H, W], already at the pixels of its grids."""
+    grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What generation starts from."""
+
+    index: int
+    """Number in the list of prompts; does not depend on batches, ranks or workers."""
+    segments: tuple[TextSegment | RawImage, ...]
+    text: str
+    """The text of the prompt; for task "text" the reference caption, if there is one."""
+    level: int
+    aspect_ratio: float
+    seed: int
+    """Seed of this prompt's sampling."""
+    key: str = ""
+    """Key of the sample it was made from, else the index as digits."""
+    task: Literal["image", "text"] = "image"
+    """What to generate."""
+    split: str = "prompts"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """The sample's metadata, for rewards and benchmarks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts that are generated together."""
+
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
+        """The same prompts with their images on another device."""
+
+        def moved(segment: TextSegment | RawImage) -> TextSegment | RawImage:
+            if isinstance(segment, TextSegment):
+                return segment
+            return replace(segment, pixels_CHW=segment.pixels_CHW.to(device, non_blocking=non_blocking))
+
+        return PromptBatch(
+            prompts=tuple(replace(prompt, segments=tuple(map(moved, prompt.segments))) for prompt in self.prompts)
+        )

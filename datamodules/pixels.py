@@ -1,0 +1,78 @@
+"""From image files to pixels: decoding, cutting and scaling."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from nextflow.datamodules.streams import Sample
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+class ImageCache:
+    """Decoded images up to a size in memory; what does not fit is decoded again each time."""
+
+    def __init__(self, megabytes: int):
+        self.free = megabytes * 2**20
+        self._images: dict[tuple[str, str, str], Image.Image] = {}
+
+    def read(self, sample: Sample, name: str) -> Image.Image:
+        """One image of a sample, as RGB.
+
+        Raises:
+            OSError, SyntaxError, ValueError: it is broken.
+        """
+        key = (str(sample.shard.path), sample.key, name)
+        image = self._images.get(key)
+        if image is None:
+            image = decode_image(sample.shard.read(sample.key, name))
+            size = 3 * image.width * image.height
+            if size <= self.free:
+                self.free -= size
+                self._images[key] = image
+        return image
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An image file as RGB; what is transparent becomes white."""
+    image: Image.Image = Image.open(io.BytesIO(data))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_image(image: Image.Image, pixels: tuple[int, int], box: Box | None = None) -> torch.Tensor:
+    """Scales a part of an image to (height, width) with antialiasing.
+
+    Args:
+        image: RGB.
+        pixels: (height, width) to come out.
+        box: the part (left, top, right, bottom); the largest around the centre that has the ratio of `pixels` if not given.
+
+    Returns:
+        uint8 [3, height, width].
+    """
+    size = (pixels[1], pixels[0])
+    if image.size != size or box is not None:
+        image = image.resize(size, Image.Resampling.BICUBIC, box=box or crop_box(image, pixels))
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def crop_box(image: Image.Image, pixels: tuple[int, int], scale: float = 1.0, x: float = 0.5, y: float = 0.5) -> Box:
+    """The part of an image that has the ratio of `pixels`.
+
+    Args:
+        image: the image.
+        pixels: (height, width).
+        scale: its sides as a fraction of the largest part.
+        x, y: where it lies, from 0 (left, top) to 1.
+    """
+    largest = min(image.width / pixels[1], image.height / pixels[0]) * scale
+    width, height = largest * pixels[1], largest * pixels[0]
+    left, top = (image.width - width) * x, (image.height - height) * y
+    # Rounding must not push the box over the edge: PIL refuses it.
+    return max(left, 0.0), max(top, 0.0), min(left + width, image.width), min(top + height, image.height)
