@@ -1,0 +1,52 @@
+"""Writes the final metrics of a run as one JSON file, for tables and comparisons without an event file reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import lightning as L
+
+
+class MetricsWriter(L.Callback):
+    """Writes what was logged last at the end of fit; validate and test add theirs to the file."""
+
+    def __init__(self, output: str) -> None:
+        """
+        Args:
+            output: the JSON file; its folder is made. Fit replaces the file, validate and test update it.
+        """
+        self.output = Path(output)
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics of training and of its last validation."""
+        seconds = time.perf_counter() - self._started
+        self._write(trainer, {}, {"fit/seconds": seconds, "fit/steps": trainer.global_step})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the metrics of `validate`; validation inside of fit is written at its end."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, self._existing(), {})
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the metrics of `test`."""
+        self._write(trainer, self._existing(), {})
+
+    def _existing(self) -> dict[str, float]:
+        return json.loads(self.output.read_text()) if self.output.is_file() else {}
+
+    def _write(self, trainer: L.Trainer, existing: dict[str, float], extra: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.output.with_name(f".{self.output.name}.partial")
+        partial.write_text(json.dumps({**existing, **metrics, **extra}, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, self.output)
