@@ -1,0 +1,78 @@
+"""The command line: `python main.py fit | validate | test | predict -c CONFIG.yaml ...`, installed as `nextflow`.
+
+It holds no model code: configs name everything by its import path. `docs/configs.md` explains how they compose.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+if __name__ == "__main__":
+    # `python main.py` puts this folder on sys.path, where our `kernels` would shadow Hugging Face's package of that
+    # name; our own modules are found as `nextflow.*` through the installed package.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+USAGE = "%(prog)s -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"  # Lightning's own fills a screen above every error
+
+
+class NextFlowCLI(LightningCLI):
+    """LightningCLI whose config alone decides the hyper-parameters and which explains a missing checkpoint."""
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the hyper-parameters stored in the checkpoint replace those of the config and of the
+        # command line here: `--ckpt_path last.ckpt --model.init_args.beta 0.5` would go on with the old beta.
+        subcommand = self.config.get("subcommand")
+        path = str((self.config[subcommand].get("ckpt_path") if subcommand else None) or "")
+        if not path or "://" in path or Path(path).exists() or (subcommand == "fit" and path in ("last", "hpc")):
+            return
+        hint = "`fit` writes it into the `dirpath` of ModelCheckpoint (last.ckpt with `save_last: true`)"
+        if subcommand == "fit":
+            hint += "; `--ckpt_path last` resumes if there is a checkpoint and starts from the beginning otherwise"
+        raise FileNotFoundError(f"--ckpt_path: there is no checkpoint {path!r}. {hint}.")
+
+
+def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
+    """Parse a command line (default `sys.argv`) and, with `run`, execute it."""
+    # Fields of config dataclasses are documented by the string literal under each of them: show those in --help.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Advice that would slow runs on few cores down, and a deprecation inside Lightning.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    return NextFlowCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={name: {"usage": USAGE} for name in NextFlowCLI.subcommands()} if run else None,
+        args=args,
+        run=run,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """Entry point. A mistake of the user ends with one line; NEXTFLOW_TRACEBACK=1 shows where it was found."""
+    try:
+        cli(args)
+    except (ValueError, FileNotFoundError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # jsonargparse wraps what a constructor raises
+            cause = cause.__cause__
+        frame = cause.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        module = str(frame.tb_frame.f_globals.get("__name__")) if frame else ""
+        ours = isinstance(cause, FileNotFoundError) or module.split(".")[0] in ("nextflow", "__main__")
+        if not ours or os.environ.get("NEXTFLOW_TRACEBACK") == "1":
+            raise
+        sys.exit(f"error: {cause}\n(NEXTFLOW_TRACEBACK=1 shows the traceback)")
+
+
+if __name__ == "__main__":
+    main()
