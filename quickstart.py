@@ -94,11 +94,11 @@ STAGES = (
     ),
     Stage(
         name="codes",
-        title="turn the images into token shards",
+        title="turn the images into token shards, and write the reconstructions",
         kind="predict",
         config="6_codes.yaml",
         minutes=1,
-        needs=("data", "tokenizer_joint"),
+        needs=("data", "tokenizer_decoder"),
     ),
     Stage(
         name="transformer",
@@ -114,7 +114,7 @@ STAGES = (
         kind="predict",
         config="8_generate.yaml",
         minutes=1,
-        needs=("transformer", "tokenizer_decoder"),
+        needs=("data", "transformer"),
     ),
     Stage(
         name="caption",
@@ -122,7 +122,7 @@ STAGES = (
         kind="predict",
         config="9_caption.yaml",
         minutes=1,
-        needs=("transformer", "tokenizer_joint"),
+        needs=("data", "transformer"),
     ),
     Stage(
         name="evaluate",
@@ -132,7 +132,7 @@ STAGES = (
         config=None,
         arguments=(("--run", "RUN"),),
         minutes=0.5,
-        needs=("tokenizer_decoder", "transformer", "generate", "caption"),
+        needs=("codes", "generate", "caption"),
         shows="results.png",
     ),
 )

@@ -100,3 +100,7 @@ class Generated:
     """uint8 [H, W, 3] on the CPU; None for the text task."""
     text: str | None = None
     """The generated text; None for the image task."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Generated:
+        """The same: results are on the CPU already, which is where Lightning moves predictions."""
+        return self

@@ -42,6 +42,15 @@ class _Module(L.LightningModule):
         return batch
 
 
+class _Data(L.LightningDataModule):
+    def __init__(self, folder, batches):
+        super().__init__()
+        self.shards, self.levels, self.batches = {"train": f"{folder}/data/*.tar"}, [16], batches
+
+    def predict_dataloader(self):
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+
+
 def _predict(folder, batches, module=None, **options) -> _Module:
     module = module or _Module()
     trainer = L.Trainer(
@@ -51,7 +60,7 @@ def _predict(folder, batches, module=None, **options) -> _Module:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.predict(module, torch.utils.data.DataLoader(batches, batch_size=None), return_predictions=False)
+    trainer.predict(module, datamodule=_Data(folder, batches), return_predictions=False)
     return module
 
 
@@ -89,6 +98,9 @@ def test_the_same_run_again_does_nothing_and_another_one_replaces(tmp_path):
     assert _predict(tmp_path, batches, samples_per_shard=1).predicted == 0
     assert [path.read_bytes() for path in shards] == written
 
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "000000.tar").write_bytes(b"new data")
+    assert _predict(tmp_path, batches, samples_per_shard=1).predicted == 3
     assert _predict(tmp_path, batches, _Module("0" * 16), samples_per_shard=4).predicted == 3
     shards = sorted((tmp_path / "16" / "train").glob("*.tar"))
     assert [open_shard(path).header.tokenizer for path in shards] == ["0" * 16] * 2
@@ -106,4 +118,4 @@ def test_a_run_that_was_cut_off_is_done_again(tmp_path):
         _predict(tmp_path, batches, Dies())
     assert not (tmp_path / "_complete.json").exists()
     assert _predict(tmp_path, batches).predicted == 2
-    assert json.loads((tmp_path / "_complete.json").read_text())["run"]["batches"] == [2]
+    assert json.loads((tmp_path / "_complete.json").read_text())["run"]["tokenizer"] == "f" * 16

@@ -1,0 +1,36 @@
+"""Learning-rate schedule and parameter groups shared by the training modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
+    """Factor of the learning rate at an optimiser step: linear from 1/warmup_steps to 1, then half a cosine down to `final`.
+
+    Args:
+        step: from 0.
+        warmup_steps: steps of the linear part; 0 starts at 1.
+        total_steps: where the cosine ends; later steps stay at `final`.
+        final: last factor; 1 keeps the rate constant after the warm-up.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Parameters that train, in two groups: matrices with the optimiser's weight decay, all others and embeddings without."""
+    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    plain = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
+    chosen = {id(parameter) for parameter in plain}
+    groups = [
+        {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,327 @@
+"""Pretraining, continued training, SFT and alignment of the transformer: one module, told apart by configs (paper section 3.2).
+
+    loss = sum over targets of weight * cross-entropy / number of targets
+
+summed over ranks and over the batches of one optimiser step, so neither data parallelism nor accumulation changes it.
+Images that come as pixels are encoded by the frozen tokenizer, in float32 whatever the precision, so that codes
+made on the fly are those of token shards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from nextflow.generation.requests import Generated, GenerationRequest
+from nextflow.generation.sampling import SamplingConfig
+from nextflow.kernels.attention import Implementation
+from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
+from nextflow.lightning_modules.optim import parameter_groups, warmup_cosine
+from nextflow.lightning_modules.token_metrics import TokenMetrics
+from nextflow.lightning_modules.tokenizer import load_tokenizer, to_signed
+from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, initial_weights
+from nextflow.models.tokenizer.model import Tokenizer
+from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
+from nextflow.models.transformer.model import Transformer
+from nextflow.sequence.documents import ImageSegment, Segment, TextSegment
+from nextflow.sequence.image_layout import LayoutConfig
+from nextflow.sequence.layout import PADDING, PackedRows
+from nextflow.sequence.scales import Grid
+from nextflow.sequence.text_tokenizer import load_text_tokenizer
+
+
+class PretrainingModule(L.LightningModule):
+    """Trains the transformer on packed batches and, for `predict`, answers prompts.
+
+    Attributes that callbacks may set:
+        total_steps: optimiser steps of the learning-rate schedule, when the config leaves it open.
+        shard: `callable(transformer)`, applied once when the layers exist.
+    """
+
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        *,
+        transformer: DecoderConfig,
+        tokenizer: str,
+        text_tokenizer: str,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        final_learning_rate: float = 0.0,
+        trainable: Literal["all", "alignment"] = "all",
+        initialize_from: str | None = None,
+        attention: Implementation = "auto",
+        layout: LayoutConfig = LayoutConfig(),  # noqa: B008 (frozen)
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
+        guidance: float = 0.0,
+        max_text_tokens: int = 64,
+    ) -> None:
+        """
+        Args:
+            transformer: the decoder's shape; vocabulary sizes come from the two tokenizers.
+            tokenizer: checkpoint of a TokenizerModule. It stays frozen; our checkpoints hold its fingerprint alone.
+            text_tokenizer: folder of a Hugging Face tokenizer.
+            optimizer: called with the parameter groups; norms, biases and embeddings have no weight decay.
+            warmup_steps: optimiser steps of linear warm-up.
+            total_steps: optimiser steps until the cosine ends; null takes what the trainer will run.
+            final_learning_rate: fraction of the learning rate at the end; 1 is constant after the warm-up.
+            trainable: "all", or "alignment": only the connector, the embeddings of new ids and the output head.
+            initialize_from: checkpoint of an earlier stage, or folder of Qwen2.5-VL safetensors; weights alone.
+            attention: kernel of packed batches: "auto", "sdpa", "dense" or "flex".
+            layout: as in the data; used by `predict`.
+            sampling: how `predict` draws.
+            guidance: strength of guidance at the last scale in `predict`; 0 is off.
+            max_text_tokens: longest text that `predict` writes.
+        """
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.optimizer_factory = optimizer
+        self.layout, self.sampling, self.guidance, self.max_text_tokens = layout, sampling, guidance, max_text_tokens
+        self.warmup_steps, self.final_learning_rate = warmup_steps, final_learning_rate
+        self.trainable, self.initialize_from, self.attention = trainable, initialize_from, attention
+        self.tokenizer_path, self.text_tokenizer_path = tokenizer, text_tokenizer
+        self.total_steps = total_steps
+        self.shard: Any = None
+        self.transformer: Transformer | None = None
+        frozen = load_tokenizer(tokenizer)
+        # Not a submodule: neither trained, nor sharded, nor saved, nor switched by train().
+        object.__setattr__(self, "tokenizer", frozen)
+        self.text_tokenizer = load_text_tokenizer(text_tokenizer)
+        self.schedule = frozen.schedule
+        self._fingerprint = frozen.fingerprint()
+        self.config = TransformerConfig.resolve(
+            transformer,
+            text_size=self.text_tokenizer.size,
+            start_id=self.text_tokenizer.start_id,
+            end_id=self.text_tokenizer.end_id,
+            codebook_size=frozen.config.codebook_size,
+            code_dim=frozen.code_dim,
+        )
+        if max(self.schedule.levels.values()) > self.config.max_scales:
+            raise ValueError(
+                f"transformer.max_scales is {self.config.max_scales}; "
+                f"the tokenizer's schedule has {max(self.schedule.levels.values())} scales"
+            )
+        self._since, self._positions = time.perf_counter(), torch.zeros(())
+        self._targets: list[Tensor] = []
+        self._totals: TokenMetrics | None = None
+
+    def configure_model(self) -> None:
+        """Build the transformer, with the tokenizer's codebook as code embedding. Idempotent."""
+        if self.transformer is not None:
+            return
+        model = Transformer(self.config)
+        model.initialize_codes(self.tokenizer.quantizer.lookup(torch.arange(self.config.codebook_size)))
+        # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
+        if self.initialize_from is not None and self._trainer is not None and self.trainer.ckpt_path is None:
+            model.load_state_dict(initial_weights(self.initialize_from, model, self._fingerprint))
+        model.set_attention(self.attention)
+        if self.trainable == "alignment":
+            model.requires_grad_(False)
+            for part in (
+                model.connector,
+                model.code_embedding,
+                model.boundary_embedding,
+                model.scale_embedding,
+                model.head,
+            ):
+                part.requires_grad_(True)
+        if self.shard is not None:
+            self.shard(model)
+        self.transformer = model
+
+    # Training
+
+    def training_step(self, batch, batch_idx: int) -> Tensor:
+        """Weighted cross-entropy of a PackedBatch, divided by the global number of targets."""
+        rows = self._with_codes(batch)
+        tokens = self._tokens(rows)
+        count = self._sum_over_ranks(rows.num_targets.float()).clamp(min=1)
+        self._targets.append(count)
+        loss = (tokens.loss_N * rows.weight_BL.flatten()).sum() * self.trainer.world_size / self._targets[0]
+        self._positions += (rows.document_BL != PADDING).sum()
+        if self._logs_now:
+            self._log_training(rows, tokens)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Exact accumulation: Lightning averaged batches that were each divided by the first one's targets."""
+        batches, self._targets = self._targets, []
+        accumulate = self.trainer.accumulate_grad_batches
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if accumulate > 1:
+            torch._foreach_mul_(gradients, accumulate * batches[0] / torch.stack(batches).sum())
+        if self._logs_now:
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch, batch_idx: int) -> None:
+        """Adds to the sums of the whole set, which are logged under val/ at its end."""
+        rows = self._with_codes(batch)
+        if self._totals is None:
+            self._totals = TokenMetrics(self.config.max_scales, self.device)
+        self._totals.add(rows, self._tokens(rows))
+
+    def test_step(self, batch, batch_idx: int) -> None:
+        """The same under test/."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/."""
+        self._log_totals("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/."""
+        self._log_totals("test")
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser with warm-up and cosine decay."""
+        total = self.total_steps or self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise ValueError(
+                "the length of the run is open: set model.total_steps or trainer.max_steps for the learning rate"
+            )
+        optimizer = self.optimizer_factory(parameter_groups(self.transformer))
+
+        def factor(step: int) -> float:
+            return warmup_cosine(
+                step,
+                warmup_steps=self.warmup_steps,
+                total_steps=int(total),
+                final=self.final_learning_rate,
+            )
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Generation
+
+    def predict_step(self, batch, batch_idx: int) -> list[Generated]:
+        """Answer a PromptBatch: an image or a text per prompt, in order."""
+        from nextflow.generation.engine import generate
+
+        requests = [self._request(prompt) for prompt in batch.prompts]
+        results = generate(
+            self.transformer, requests, layout=self.layout, tokenizer=self.tokenizer, sampling=self.sampling
+        )
+        return [
+            Generated(
+                index=prompt.index,
+                prompt=prompt.text,
+                seed=prompt.seed,
+                level=prompt.level,
+                aspect_ratio=prompt.aspect_ratio,
+                key=prompt.key,
+                split=prompt.split,
+                image=result.image,
+                text=self.text_tokenizer.decode(result.text_ids) if prompt.task == "text" else None,
+            )
+            for prompt, result in zip(batch.prompts, results)
+        ]
+
+    def _request(self, prompt) -> GenerationRequest:
+        segments: list[Segment] = []
+        for segment in prompt.segments:
+            if isinstance(segment, (TextSegment, ImageSegment)):
+                segments.append(segment)
+            else:  # pixels
+                (code_N,) = self._encode([segment.pixels_CHW], [segment.grids])
+                segments.append(ImageSegment(grids=segment.grids, codes=code_N.cpu()))
+        image = prompt.task == "image"
+        return GenerationRequest(
+            segments=tuple(segments),
+            task=prompt.task,
+            grids=self.schedule.grids(prompt.level, prompt.aspect_ratio) if image else (),
+            seed=prompt.seed,
+            guidance=self.guidance if image else 0.0,
+            max_text_tokens=self.max_text_tokens,
+        )
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add everything that was resolved, so that the checkpoint explains itself."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "transformer": self.config.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "layout": asdict(self.layout),
+            "tokenizer": self._fingerprint,
+            "text_tokenizer": self.text_tokenizer.to_json(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained with other tokenizers.
+
+        Raises ValueError naming both fingerprints.
+        """
+        stored = checkpoint[CHECKPOINT_KEY]
+        if stored["tokenizer"] != self._fingerprint:
+            raise ValueError(
+                f"the checkpoint was trained with tokenizer {stored['tokenizer']}, but model.tokenizer "
+                f"({self.tokenizer_path}) is {self._fingerprint}: name the tokenizer it was trained with"
+            )
+        if stored["text_tokenizer"] != self.text_tokenizer.to_json():
+            raise ValueError(
+                f"the checkpoint was trained with another text tokenizer than model.text_tokenizer "
+                f"({self.text_tokenizer_path}): name the folder it was trained with"
+            )
+
+    # Pieces
+
+    @property
+    def _logs_now(self) -> bool:
+        trainer = self.trainer
+        return trainer.global_step % trainer.log_every_n_steps == 0
+
+    def _tokens(self, rows: PackedRows) -> LinearCrossEntropy:
+        return self.transformer.cross_entropy(self.transformer(rows), rows.target_BL)
+
+    def _with_codes(self, batch) -> PackedRows:
+        if not batch.images:
+            return batch.rows
+        code_N = torch.cat(self._encode(batch.images, batch.grids))
+        return batch.rows.with_codes(code_N, code_offset=self.config.vocabulary.code_offset)
+
+    @torch.no_grad()
+    def _encode(self, images: Sequence[Tensor], grids: Sequence[tuple[Grid, ...]]) -> list[Tensor]:
+        """Codes [N] of uint8 images of any mix of sizes, in their order; images of equal grids are encoded together."""
+        if next(self.tokenizer.parameters()).device != self.device:
+            self.tokenizer.to(self.device)
+        groups: dict[tuple[Grid, ...], list[int]] = {}
+        for index, of_image in enumerate(grids):
+            groups.setdefault(of_image, []).append(index)
+        codes: dict[int, Tensor] = {}
+        with torch.autocast(self.device.type, enabled=False):
+            for of_image, indices in groups.items():
+                images_BCHW = torch.stack([images[index] for index in indices]).to(self.device)
+                codes.update(zip(indices, self.tokenizer.encode(to_signed(images_BCHW), of_image).target_codes_BN))
+        return [codes[index] for index in range(len(images))]
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
+
+    def _log_training(self, rows: PackedRows, tokens: LinearCrossEntropy) -> None:
+        totals = TokenMetrics(self.config.max_scales, self.device)
+        totals.add(rows, tokens)
+        now = time.perf_counter()
+        positions = self._sum_over_ranks(self._positions)
+        values = totals.over_ranks(self._sum_over_ranks).named("train")
+        self.log("train/loss", values.pop("train/loss"), prog_bar=True)
+        self.log_dict({**values, "throughput/tokens_per_second": float(positions) / (now - self._since)})
+        self._since, self._positions = now, torch.zeros_like(self._positions)
+
+    def _log_totals(self, prefix: str) -> None:
+        if self._totals is None:
+            return
+        values = self._totals.over_ranks(self._sum_over_ranks).named(prefix)
+        self._totals = None
+        self.log(f"{prefix}/loss", values.pop(f"{prefix}/loss"), prog_bar=True)
+        self.log_dict(values)

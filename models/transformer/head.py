@@ -1,0 +1,58 @@
+"""Output heads: one softmax over text and codes (the paper's, section 3.2 and figure 9), or one for each (its ablation).
+
+Both offer `forward` (logits over the whole vocabulary, for decoding) and `cross_entropy` (training, no logits).
+
+Shapes: N tokens, W width, V vocabulary, U text ids with <boi> and <eoi>, K codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from nextflow.sequence.documents import Vocabulary
+
+IGNORE = -100
+
+
+class SingleHead(nn.Linear):
+    """One matrix over the whole vocabulary: text ids, <boi>, <eoi>, codes."""
+
+    def __init__(self, width: int, vocabulary: Vocabulary) -> None:
+        super().__init__(width, vocabulary.size, bias=False)
+
+    def cross_entropy(self, x_NW: Tensor, target_N: Tensor) -> LinearCrossEntropy:
+        """Per-token losses; targets of -100 are ignored."""
+        return linear_cross_entropy(x_NW, self.weight, target_N, IGNORE)
+
+
+class DualHead(nn.Module):
+    """A matrix for text, <boi> and <eoi>, another for codes; each target competes with its own kind alone.
+
+    The logits are those of both, side by side. A sampler that draws codes from codes and text from text, as ours does, draws
+    from the distribution that was trained.
+    """
+
+    def __init__(self, width: int, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        self.code_offset = vocabulary.code_offset
+        self.text = nn.Linear(width, vocabulary.code_offset, bias=False)
+        self.code = nn.Linear(width, vocabulary.codebook_size, bias=False)
+
+    def forward(self, x_NW: Tensor) -> Tensor:
+        """Logits [..., V]."""
+        return torch.cat((self.text(x_NW), self.code(x_NW)), dim=-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """Both matrices as one [V, W], as a single head has it."""
+        return torch.cat((self.text.weight, self.code.weight))
+
+    def cross_entropy(self, x_NW: Tensor, target_N: Tensor) -> LinearCrossEntropy:
+        """Per-token losses; targets of -100 are ignored."""
+        is_code_N = target_N >= self.code_offset
+        text = linear_cross_entropy(x_NW, self.text.weight, target_N.masked_fill(is_code_N, IGNORE), IGNORE)
+        code_N = (target_N - self.code_offset).masked_fill(~is_code_N, IGNORE)
+        code = linear_cross_entropy(x_NW, self.code.weight, code_N, IGNORE)
+        return LinearCrossEntropy(text.loss_N + code.loss_N, text.correct_N | code.correct_N)

@@ -1,0 +1,203 @@
+"""The decoder-only transformer: text by next token, images by next scale (paper sections 2.2 and 3).
+
+    x(text id)            = token_embedding[id]
+    x(<boi>)              = boundary_embedding[0] + scale_embedding[1] + sinusoid(number of scales)
+    x(cell of block k)    = connector(code vectors of scale k-1, resized) + scale_embedding[k] + sinusoid(number of scales)
+    hidden                = norm(blocks(x));   logits = head(hidden)
+
+The codes of each scale are looked up alone, without accumulating coarser ones (residual features); the resize is a gather of
+the code vectors at `tap_index` weighted by `tap_weight`, so images of any mix of grids are one operation.
+
+Deliberately absent: QK-norm, dropout, tied embeddings, sliding windows.
+
+Shapes: B rows, L packed length, N new positions, W width, M image positions, T taps, C channels of a code, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nextflow.kernels.attention import Implementation, Visibility
+from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
+from nextflow.kernels.rope import Rotation, rope_cos_sin
+from nextflow.models.transformer.attention import DecodeCache
+from nextflow.models.transformer.block import Block, RMSNorm
+from nextflow.models.transformer.config import TransformerConfig
+from nextflow.models.transformer.head import DualHead, SingleHead
+from nextflow.sequence.layout import PackedRows
+
+
+class Transformer(nn.Module):
+    """Qwen2.5's decoder over interleaved text and images.
+
+    Training calls `forward` and `cross_entropy`; decoding calls `embed_tokens` / `embed_image`, `step` and `logits`.
+
+    Args:
+        config: shape and vocabulary.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config, self.vocabulary = config, config.vocabulary
+        W = config.width
+        self.token_embedding = nn.Embedding(config.text_size, W)
+        self.boundary_embedding = nn.Embedding(2, W)
+        self.code_embedding = nn.Embedding(config.codebook_size, config.code_dim)
+        self.connector = nn.Sequential(nn.Linear(config.code_dim, W), nn.GELU(), nn.Linear(W, W))
+        # Row 0 is text: zero, and without gradient.
+        self.scale_embedding = nn.Embedding(config.max_scales + 1, W, padding_idx=0)
+        self.register_buffer("num_scales_table", torch.empty(config.max_scales + 1, W), persistent=False)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
+        self.norm = RMSNorm(W, config.norm_eps)
+        self.head = {"single": SingleHead, "dual": DualHead}[config.head](W, self.vocabulary)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all weights anew; also fills the sinusoidal table, so call it after `to_empty` on a model built on meta.
+
+        | parameter                                   | distribution                                   |
+        | token, boundary, scale embedding, head      | N(0, s), s = config.init_std; scale row 0 is 0 |
+        | qkv_proj, gate_up_proj                      | N(0, s); biases 0                              |
+        | o_proj, down_proj (write to the stream)     | N(0, s / sqrt(2 layers))                       |
+        | code_embedding                              | N(0, 1 / sqrt(C)), then `initialize_codes`     |
+        | connector, first layer                      | N(0, 1 / sqrt(2)): unit outputs for two unit vectors |
+        | connector, second layer                     | N(0, 2 s / sqrt(W)): outputs of about s        |
+        | norms                                       | 1                                              |
+        | sinusoid of the number of scales (no parameter) | root mean square s                         |
+        """
+        s, layers = self.config.init_std, self.config.num_layers
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(std=s / math.sqrt(2 * layers))
+            elif name == "code_embedding.weight":
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            elif name == "connector.0.weight":
+                parameter.normal_(std=2**-0.5)
+            elif name == "connector.2.weight":
+                parameter.normal_(std=2 * s / math.sqrt(parameter.shape[1]))
+            else:
+                parameter.normal_(std=s)
+        self.scale_embedding.weight[0].zero_()
+        self.num_scales_table.copy_(_sinusoids(self.config.max_scales + 1, self.config.width) * s * math.sqrt(2))
+
+    @torch.no_grad()
+    def initialize_codes(self, vectors_KC: Tensor) -> None:
+        """Take the tokenizer's codebook vectors as code embeddings (paper 2.2).
+
+        Raises ValueError when their shape is not [codebook_size, code_dim].
+        """
+        if vectors_KC.shape != self.code_embedding.weight.shape:
+            raise ValueError(
+                f"the tokenizer's codebook is {tuple(vectors_KC.shape)}, "
+                f"the transformer's code embedding {tuple(self.code_embedding.weight.shape)}"
+            )
+        self.code_embedding.weight.copy_(vectors_KC)
+
+    def set_attention(self, implementation: Implementation) -> None:
+        """Choose the attention kernel of packed batches: "auto", "sdpa", "dense" or "flex"."""
+        for block in self.blocks:
+            block.attention.implementation = implementation
+
+    # Training
+
+    def forward(self, rows: PackedRows) -> Tensor:
+        """Hidden states [B, L, W] of a packed batch, final norm applied."""
+        visibility = Visibility(rows.document_BL, rows.block_BL)
+        x_BLW = self.embed(rows)
+        rotation = self._rotation(rows.position_3BL, x_BLW)
+        for block in self.blocks:
+            x_BLW = block(x_BLW, rotation, visibility)
+        return self.norm(x_BLW)
+
+    def embed(self, rows: PackedRows) -> Tensor:
+        """Inputs [B, L, W] of a packed batch."""
+        x_BLW = self.embed_tokens(rows.ids_BL)
+        vectors = self.code_embedding.weight
+        feature_MC = F.embedding_bag(
+            rows.input_code_N[rows.tap_index_MT],
+            vectors,
+            per_sample_weights=rows.tap_weight_MT.to(vectors.dtype),
+            mode="sum",
+        )
+        image_MW = self.connector(feature_MC).to(x_BLW.dtype)
+        x_BLW = x_BLW.flatten(0, 1).index_copy(0, rows.input_position_M, image_MW).view_as(x_BLW)
+        return x_BLW + self._scale_mark(rows.scale_BL, rows.num_scales_BL)
+
+    def cross_entropy(self, hidden_BLW: Tensor, target_BL: Tensor) -> LinearCrossEntropy:
+        """Loss and correctness of each position, flat [B * L]; targets of -100 are ignored."""
+        return self.head.cross_entropy(hidden_BLW.flatten(0, -2), target_BL.flatten())
+
+    # Decoding
+
+    def embed_tokens(self, ids_BN: Tensor, scale_BN: Tensor | int = 0, num_scales_BN: Tensor | int = 0) -> Tensor:
+        """Inputs [B, N, W] of text ids, <boi> and <eoi>.
+
+        Args:
+            ids_BN: ids below `vocabulary.code_offset`.
+            scale_BN: 1 at <boi>, 0 elsewhere.
+            num_scales_BN: scales of the image at <boi>, 0 elsewhere.
+        """
+        boundary_BN = ids_BN - self.config.text_size
+        x_BNW = torch.where(
+            (boundary_BN >= 0)[..., None],
+            self.boundary_embedding(boundary_BN.clamp(min=0)),
+            self.token_embedding(ids_BN.clamp(max=self.config.text_size - 1)),
+        )
+        if isinstance(scale_BN, int) and scale_BN == 0:
+            return x_BNW
+        return x_BNW + self._scale_mark(scale_BN, num_scales_BN)
+
+    def embed_image(self, feature_BNC: Tensor, scale: Tensor | int, num_scales: Tensor | int) -> Tensor:
+        """Inputs [B, N, W] of the cells of an image block.
+
+        Args:
+            feature_BNC: vectors of the coarser scale (`code_embedding(codes)`), resized to this block's grid.
+            scale: the scale that the block predicts, 2 to K; one number or one per position.
+            num_scales: K, likewise.
+        """
+        return self.connector(feature_BNC) + self._scale_mark(scale, num_scales)
+
+    def step(self, x_BNW: Tensor, position_3BN: Tensor, cache: DecodeCache) -> Tensor:
+        """Hidden states [B, N, W] of new positions, which attend to the cache and to each other as the cache says.
+
+        Args:
+            x_BNW: inputs from `embed_tokens` and `embed_image`.
+            position_3BN: their rotary positions.
+            cache: keys and values so far; every layer appends to it.
+        """
+        rotation = self._rotation(position_3BN, x_BNW)
+        for block in self.blocks:
+            x_BNW = block(x_BNW, rotation, None, cache)
+        return self.norm(x_BNW)
+
+    def logits(self, hidden_BNW: Tensor) -> Tensor:
+        """Logits [..., V] over the whole vocabulary."""
+        return self.head(hidden_BNW)
+
+    def _rotation(self, position_3BL: Tensor, x: Tensor) -> Rotation:
+        config, device = self.config, x.device.type
+        rotation = rope_cos_sin(position_3BL, config.head_dim, config.rope_theta, config.rope_sections)
+        return rotation.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+
+    def _scale_mark(self, scale: Tensor | int, num_scales: Tensor | int) -> Tensor:
+        device = self.num_scales_table.device
+        scale, num_scales = torch.as_tensor(scale, device=device), torch.as_tensor(num_scales, device=device)
+        return self.scale_embedding(scale) + F.embedding(num_scales, self.num_scales_table)
+
+
+def _sinusoids(rows: int, width: int) -> Tensor:
+    """sin and cos of n * 10000^(-2i/width), n = 0 .. rows-1; row 0 stands for text and is zero."""
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = torch.arange(rows)[:, None] * frequency
+    table = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :width]
+    table[0] = 0.0
+    return table
