@@ -174,6 +174,12 @@ class Decoding:
             unconditional_MV = self._logits(task, hidden_BND, [job.rows[-1] for job in jobs], counts)
             t_M = torch.tensor(t, device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
             logits_MV = guide(conditional_MV, unconditional_MV, t_M)
+        if task == "text":
+            # An answer has at least one id. Documents whose caption was dropped end behind their image, so the end is likely
+            # there, and greedy captions would all be empty.
+            first_M = torch.tensor([not job.drawn for job in jobs], device=self.device)
+            logits_MV = logits_MV.clone()
+            logits_MV[first_M, self.transformer.vocabulary.end_id] = -torch.inf
         noise_M = torch.cat([draw_noise(job.generator, count) for job, count in zip(jobs, counts)]).to(self.device)
         rule = self.sampling.of_scale(scale) if task == "image" else self.sampling.of_text()
         drawn = sample(logits_MV, noise_M, rule)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import Siglip2Config, Siglip2Model
 
-from nextflow.lightning_modules.optim import warmup_cosine
+from nextflow.lightning_modules.optim import default_adamw, warmup_cosine
 from nextflow.lightning_modules.tokenizer import to_signed
 from nextflow.models.tokenizer.semantic import naflex_embeddings
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
@@ -106,7 +106,7 @@ class ContrastiveModule(L.LightningModule):
         model: ContrastiveConfig = ContrastiveConfig(),
         pretrained: str | None = None,
         output: str | None = None,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05),
+        optimizer: OptimizerCallable = default_adamw,
         warmup_steps: int = 0,
         total_steps: int | None = None,
     ) -> None:

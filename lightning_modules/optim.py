@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -34,3 +36,13 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def default_adam(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """TokenFlow's optimiser of tokenizer and discriminator: Adam, learning rate 1e-4, betas (0.9, 0.95)."""
+    return torch.optim.Adam(params, lr=1e-4, betas=(0.9, 0.95))
+
+
+def default_adamw(params: Iterable[Any]) -> torch.optim.Optimizer:
+    """AdamW for small models from scratch: learning rate 1e-3, weight decay 0.05."""
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05)

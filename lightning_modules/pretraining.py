@@ -163,6 +163,15 @@ class PretrainingModule(L.LightningModule):
         if self._logs_now:
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Lightning refuses to clip with fused optimisers under mixed precision, for float16's gradient scaler alone."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
+            torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def validation_step(self, batch, batch_idx: int) -> None:
         """Adds to the sums of the whole set, which are logged under val/ at its end."""
         rows = self._with_codes(batch)

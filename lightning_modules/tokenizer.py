@@ -24,7 +24,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from nextflow.lightning_modules.optim import warmup_cosine
+from nextflow.lightning_modules.optim import default_adam, warmup_cosine
 from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
 from nextflow.models.tokenizer.discriminator import DiscriminatorConfig, PatchDiscriminator
 from nextflow.models.tokenizer.losses import (
@@ -102,10 +102,8 @@ class TokenizerModule(L.LightningModule):
         perceptual_weights: str | None = None,
         discriminator: DiscriminatorConfig = DiscriminatorConfig(),  # noqa: B008 (frozen)
         discriminator_start: int = 0,
-        generator_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-4, betas=(0.9, 0.95)),
-        discriminator_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(
-            params, lr=1e-4, betas=(0.9, 0.95)
-        ),
+        generator_optimizer: OptimizerCallable = default_adam,
+        discriminator_optimizer: OptimizerCallable = default_adam,
         warmup_steps: int = 0,
         total_steps: int | None = None,
         gradient_clip: float = 1.0,
@@ -116,8 +114,6 @@ class TokenizerModule(L.LightningModule):
         has_teacher = stage == "joint" and losses.semantic > 0 and tokenizer.semantic is not None
         if has_teacher and semantic_encoder is None:
             raise ValueError("stage joint needs `semantic_encoder`, the folder of a Siglip2Model, or losses.semantic 0")
-        if stage == "decoder" and init_from is None:
-            raise ValueError("stage decoder needs `init_from`, the checkpoint of the joint stage")
         self.save_hyperparameters(ignore=["generator_optimizer", "discriminator_optimizer"])
         self.stage, self.init_from, self.semantic_encoder = stage, init_from, semantic_encoder
         self.losses, self.discriminator_start = losses, discriminator_start
@@ -151,6 +147,8 @@ class TokenizerModule(L.LightningModule):
             raise ValueError(
                 "trainer.precision 16 needs a gradient scaler, which a run with a discriminator bypasses; use bf16-mixed"
             )
+        if self.stage == "decoder" and self.init_from is None:
+            raise ValueError("stage decoder needs `init_from`, the checkpoint of the joint stage")
         if self.stage != "decoder" and self.semantic_encoder is not None and self.tokenizer.config.semantic is not None:
             load_tower(self.tokenizer.semantic_encoder.tower, self.semantic_encoder)
             if self.teacher is not None:

@@ -32,9 +32,7 @@ def test_every_grid_of_the_papers_table() -> None:
         # Base pairs at side 32 are twice those at scale 12: h_k = max(1, round(H32 * s_k / 32)), the first scale 1x1.
         expected = [(1, 1)]
         for side in SIDES[1:]:
-            expected.append(
-                (max(1, _half_to_even(2 * height * side, 32)), max(1, _half_to_even(2 * width * side, 32)))
-            )
+            expected.append((max(1, _half_to_even(2 * height * side, 32)), max(1, _half_to_even(2 * width * side, 32))))
         assert schedule.grids(1024, height / width) == tuple(expected)
         assert schedule.grids(512, height / width) == tuple(expected[:16])
         assert schedule.grids(256, height / width) == tuple(expected[:12])
