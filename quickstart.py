@@ -58,14 +58,14 @@ STAGES = (
         kind="module",
         module="nextflow.datamodules.openmoji",
         config="1_data.yaml",
-        minutes=2,
+        minutes=0.1,
     ),
     Stage(
         name="contrastive",
         title="pre-train the semantic encoder on images and captions",
         kind="fit",
         config="2_contrastive.yaml",
-        minutes=3,
+        minutes=0.9,
         needs=("data",),
     ),
     Stage(
@@ -73,7 +73,7 @@ STAGES = (
         title="tokenizer, stage 1: the pixel branch alone",
         kind="fit",
         config="3_tokenizer_pixel.yaml",
-        minutes=4,
+        minutes=1.7,
         needs=("data",),
     ),
     Stage(
@@ -81,7 +81,7 @@ STAGES = (
         title="tokenizer, stage 2: both branches and the dual codebook",
         kind="fit",
         config="4_tokenizer_joint.yaml",
-        minutes=5,
+        minutes=1.3,
         needs=("data", "contrastive", "tokenizer_pixel"),
     ),
     Stage(
@@ -89,7 +89,7 @@ STAGES = (
         title="tokenizer, stage 3: a pixel decoder of twice the capacity, alone",
         kind="fit",
         config="5_tokenizer_decoder.yaml",
-        minutes=4,
+        minutes=0.9,
         needs=("data", "tokenizer_joint"),
     ),
     Stage(
@@ -97,7 +97,7 @@ STAGES = (
         title="turn the images into token shards, and write the reconstructions",
         kind="predict",
         config="6_codes.yaml",
-        minutes=1,
+        minutes=0.3,
         needs=("data", "tokenizer_decoder"),
     ),
     Stage(
@@ -105,7 +105,7 @@ STAGES = (
         title="pre-train the transformer on text and images, through its resolution curriculum",
         kind="fit",
         config="7_transformer.yaml",
-        minutes=10,
+        minutes=4.2,
         needs=("data", "codes"),
     ),
     Stage(
@@ -113,7 +113,7 @@ STAGES = (
         title="draw images from captions",
         kind="predict",
         config="8_generate.yaml",
-        minutes=1,
+        minutes=0.4,
         needs=("data", "transformer"),
     ),
     Stage(
@@ -121,7 +121,7 @@ STAGES = (
         title="describe images in words",
         kind="predict",
         config="9_caption.yaml",
-        minutes=1,
+        minutes=0.3,
         needs=("data", "transformer"),
     ),
     Stage(
@@ -131,7 +131,7 @@ STAGES = (
         module="nextflow.evaluation.summary",
         config=None,
         arguments=(("--run", "RUN"),),
-        minutes=0.5,
+        minutes=0.1,
         needs=("codes", "generate", "caption"),
         shows="results.png",
     ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 
@@ -42,7 +43,7 @@ class ResolutionCurriculum(L.Callback):
             raise ValueError("ResolutionCurriculum.stages is empty: give at least one stage")
         self.stages = stages
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check the trainer and hand the stages over.
 
         Raises ValueError saying which trainer option to set.
@@ -56,7 +57,7 @@ class ResolutionCurriculum(L.Callback):
                 f"ResolutionCurriculum has {len(self.stages)} stages, one per epoch: "
                 f"set trainer.max_epochs to {len(self.stages)} (it is {trainer.max_epochs})"
             )
-        datamodule = getattr(trainer, "datamodule", None)
+        datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "stages"):
             raise ValueError(
                 f"ResolutionCurriculum needs a DataModule with the attribute `stages`, not {type(datamodule).__name__}"

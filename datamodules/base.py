@@ -34,9 +34,9 @@ from nextflow.sequence.shards import ShardHeader, check_header
 # Evaluation batches are made inside chunks of this many batches, so that buckets of aspect ratio can fill up.
 CHUNK_BATCHES = 8
 MAKE_DOCUMENTS = (
-    "`python -m nextflow.datamodules.openmoji --config configs/quickstart/data.yaml` (or datamodules.documents)"
+    "`python -m nextflow.datamodules.openmoji --config configs/quickstart/1_data.yaml` (or datamodules.documents)"
 )
-MAKE_CODES = "run `predict` with a trained tokenizer and the callback CodeWriter, as configs/quickstart/codes.yaml does"
+MAKE_CODES = "run `predict` with a trained tokenizer and the callback CodeWriter, as configs/quickstart/6_codes.yaml does"
 
 
 class Stage(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nextflow.datamodules.base import ShardDataModule, Stage
+from nextflow.datamodules.base import Recipe, ShardDataModule, Stage
 from nextflow.datamodules.batches import ImageBatch
 from nextflow.datamodules.pixels import ImageCache, crop_box, fit_image
 from nextflow.datamodules.streams import Read, Sample
@@ -105,7 +105,7 @@ class ImageDataModule(ShardDataModule):
         )
         return recipe, pattern, num_batches
 
-    def evaluation_recipes(self, split: str, predict: bool) -> list[tuple["_ImageRecipe", str]]:
+    def evaluation_recipes(self, split: str, predict: bool) -> list[tuple[Recipe, str]]:
         return [
             (
                 _ImageRecipe(

@@ -1,6 +1,6 @@
 """The embedded data set: drawings of OpenMoji with captions, as document shards. Run once before training:
 
-    python -m nextflow.datamodules.openmoji --config configs/quickstart/data.yaml
+    python -m nextflow.datamodules.openmoji --config configs/quickstart/1_data.yaml
 
 Writes `output/{train,validation,compositional}/000000.tar`, a text tokenizer trained on the captions of the training split
 (`output/text_tokenizer`), `ATTRIBUTION.txt` and, last of all, `report.json`. If a report with the same settings is there

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nextflow.datamodules.base import ShardDataModule, Stage
+from nextflow.datamodules.base import Recipe, ShardDataModule, Stage
 from nextflow.datamodules.batches import PackedBatch
 from nextflow.datamodules.pixels import ImageCache, fit_image
 from nextflow.datamodules.streams import Read, Sample
@@ -127,7 +127,7 @@ class PackedDataModule(ShardDataModule):
             )
         return recipe, pattern, num_batches
 
-    def evaluation_recipes(self, split: str, predict: bool) -> list[tuple["_PackedRecipe", str]]:
+    def evaluation_recipes(self, split: str, predict: bool) -> list[tuple[Recipe, str]]:
         stage = None if predict else self.stage
         level = self.level if stage is None else stage.level
         layout = self.layout if stage is None else replace(self.layout, alpha=stage.alpha)
@@ -177,7 +177,8 @@ class _PackedRecipe:
 
     def _parts(self, sample: Sample) -> list[Part]:
         stored = self.cache.get(sample, self._store)
-        parts: list[tuple[int, Part]] = [(place, Part(segment)) for place, segment in (*stored.texts, *stored.codes)]
+        parts: list[tuple[int, Part]] = [(place, Part(text)) for place, text in stored.texts]
+        parts += [(place, Part(image)) for place, image in stored.codes]
         for place, name, loss in stored.images:
             image = self.cache.images.read(sample, name)
             ratio = image.height / image.width

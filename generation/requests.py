@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nextflow.sequence.documents import Segment
+from nextflow.sequence.documents import ImageSegment, Segment
 from nextflow.sequence.scales import Grid, num_codes_of
 
 Task = Literal["image", "text"]
@@ -47,7 +47,7 @@ class GenerationRequest:
         if self.guidance < 0:
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
         for segment in (*self.segments, *self.negative):
-            if hasattr(segment, "grids") and segment.codes is None:
+            if isinstance(segment, ImageSegment) and segment.codes is None:
                 raise ValueError("an image of the prompt has no codes: encode it with the tokenizer first")
 
 

@@ -16,9 +16,10 @@ Shapes: B batch, H query heads, G key/value heads (H a multiple of G), L keys, N
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -168,8 +169,8 @@ def _flex_attention(q_BHND: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, visibility: 
 
 @dataclass(frozen=True)
 class _Flex:
-    flex_attention: object
-    create_block_mask: object
+    flex_attention: Callable[..., Any]
+    create_block_mask: Callable[..., Any]
 
 
 @cache

@@ -31,7 +31,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     plain = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
     chosen = {id(parameter) for parameter in plain}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if id(parameter) not in chosen]},
         {"params": plain, "weight_decay": 0.0},
     ]

@@ -91,7 +91,7 @@ class PretrainingModule(L.LightningModule):
         self.tokenizer_path, self.text_tokenizer_path = tokenizer, text_tokenizer
         self.total_steps = total_steps
         self.shard: Any = None
-        self.transformer: Transformer | None = None
+        self.transformer: Any = None  # a Transformer, once configure_model has run
         frozen = load_tokenizer(tokenizer)
         # Not a submodule: neither trained, nor sharded, nor saved, nor switched by train().
         object.__setattr__(self, "tokenizer", frozen)
@@ -287,7 +287,7 @@ class PretrainingModule(L.LightningModule):
 
     @property
     def _logs_now(self) -> bool:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         return trainer.global_step % trainer.log_every_n_steps == 0
 
     def _tokens(self, rows: PackedRows) -> LinearCrossEntropy:

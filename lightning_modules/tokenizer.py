@@ -125,7 +125,7 @@ class TokenizerModule(L.LightningModule):
         self.tokenizer = Tokenizer(_stage_config(tokenizer, stage, semantic_encoder))
         config = self.tokenizer.config
         self.teacher: SemanticTower | None = None
-        if has_teacher:
+        if has_teacher and config.semantic is not None:
             self.teacher = SemanticTower(config.semantic, config.schedule.stride).requires_grad_(False)
         self.perceptual = PerceptualLoss(perceptual_weights) if losses.perceptual else None
         self.discriminator: Any = PatchDiscriminator(discriminator) if losses.adversarial else None
@@ -268,7 +268,7 @@ class TokenizerModule(L.LightningModule):
             terms["quantizer"] = output.quantizer.codebook_loss + output.quantizer.commitment_loss
         if self.stage != "decoder" and self.losses.residual:
             terms["residual"] = output.quantizer.residual_loss
-        if self.teacher is not None:
+        if self.teacher is not None and output.semantic_BND is not None:
             with torch.no_grad():
                 teacher_BND = self.teacher(images_BCHW)
             terms["semantic"] = semantic_loss(output.semantic_BND, teacher_BND)

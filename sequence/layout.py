@@ -132,7 +132,7 @@ def lay_out(
         raise ValueError(f"a row has {longest} positions, more than the length {length}: raise data.length")
 
     def table(name: str, padding: float, dtype: type) -> np.ndarray:
-        out = np.full((len(built), length), padding, dtype=dtype)
+        out: np.ndarray = np.full((len(built), length), padding, dtype=dtype)
         for index, row in enumerate(built):
             pieces = row.pieces[name]
             if pieces:
@@ -148,7 +148,7 @@ def lay_out(
             for index, row in enumerate(built)
             for piece in row.pieces[name]
         ]
-        empty = np.zeros((0,) if width is None else (0, width), dtype=dtype)
+        empty: np.ndarray = np.zeros((0,) if width is None else (0, width), dtype=dtype)
         return torch.from_numpy(np.ascontiguousarray(np.concatenate(pieces) if pieces else empty))
 
     num_taps = taps((1, 1), (1, 1), config.interpolation).index_PT.shape[1]

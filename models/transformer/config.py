@@ -25,7 +25,8 @@ class DecoderConfig:
     mlp_width: int = 18944
     """Hidden channels of the gated MLP."""
     rope_theta: float = 1e6
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies. Qwen2.5-VL gives the axis w the lowest ones: with its 1e6 they turn by 0.003 over a whole
+    image, which a trained Qwen amplifies and a model from scratch never finds. Small models want about 10."""
     rope_sections: tuple[int, int, int] = (16, 24, 24)
     """Frequencies given to the axes (t, h, w); they sum to head_dim / 2. Qwen2.5-VL's; the paper leaves it open."""
     norm_eps: float = 1e-6
@@ -74,7 +75,7 @@ class TransformerConfig(DecoderConfig):
         )
 
     @classmethod
-    def resolve(cls, decoder: DecoderConfig, **vocabulary: int) -> TransformerConfig:
+    def resolve(cls, decoder: DecoderConfig, **vocabulary: Any) -> TransformerConfig:
         """Add the vocabulary's fields to what the user chose."""
         return cls(**{field.name: getattr(decoder, field.name) for field in fields(DecoderConfig)}, **vocabulary)
 

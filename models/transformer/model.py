@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from nextflow.kernels.attention import Implementation, Visibility
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
 from nextflow.kernels.rope import Rotation, rope_cos_sin
-from nextflow.models.transformer.attention import DecodeCache
+from nextflow.models.transformer.attention import DecodeCache, SelfAttention
 from nextflow.models.transformer.block import Block, RMSNorm
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.head import DualHead, SingleHead
@@ -40,6 +40,9 @@ class Transformer(nn.Module):
         config: shape and vocabulary.
     """
 
+    head: SingleHead | DualHead
+    num_scales_table: Tensor
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
@@ -48,8 +51,8 @@ class Transformer(nn.Module):
         self.boundary_embedding = nn.Embedding(2, W)
         self.code_embedding = nn.Embedding(config.codebook_size, config.code_dim)
         self.connector = nn.Sequential(nn.Linear(config.code_dim, W), nn.GELU(), nn.Linear(W, W))
-        # Row 0 is text: zero, and without gradient.
-        self.scale_embedding = nn.Embedding(config.max_scales + 1, W, padding_idx=0)
+        # Row 0 is text: zero, and without gradient. The last row marks the last scale's own codes (`layout.feed_last_scale`).
+        self.scale_embedding = nn.Embedding(config.max_scales + 2, W, padding_idx=0)
         self.register_buffer("num_scales_table", torch.empty(config.max_scales + 1, W), persistent=False)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(W, config.norm_eps)
@@ -104,8 +107,9 @@ class Transformer(nn.Module):
 
     def set_attention(self, implementation: Implementation) -> None:
         """Choose the attention kernel of packed batches: "auto", "sdpa", "dense" or "flex"."""
-        for block in self.blocks:
-            block.attention.implementation = implementation
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.implementation = implementation
 
     # Training
 
