@@ -22,8 +22,6 @@ from PIL.PngImagePlugin import PngInfo
 from nextflow.evaluation.drawings import caption_of, read_picture
 from nextflow.evaluation.pictures import Cell, draw_sheet
 
-_RECORD = "nextflow"  # name of the text chunk in which a picture carries its own line of samples.jsonl
-
 
 class _PictureFolder(BasePredictionWriter):
     """Numbered pictures, samples.jsonl with a line for each, and grid.png."""
@@ -55,26 +53,20 @@ class _PictureFolder(BasePredictionWriter):
         rows = [cells[start : start + self.columns] for start in range(0, len(cells), self.columns)]
         _save_png(draw_sheet(rows), self.output / "grid.png")
 
-    def _add(self, trainer: L.Trainer, index: int, pixels_HWC: np.ndarray, record: dict[str, Any]) -> None:
-        """Write one picture, unless the same picture of the same checkpoint is there already."""
+    def _add(self, index: int, pixels_HWC: np.ndarray, record: dict[str, Any]) -> None:
+        """Write one picture, with its line of samples.jsonl as a text chunk inside."""
         record = {"file": f"{index:05d}.png", **record}
         self._records[index] = record
-        # Another checkpoint gives another picture for the same prompt; without one, nothing tells them apart.
-        checkpoint = _checkpoint(trainer)
-        line = json.dumps({**record, "checkpoint": checkpoint}, ensure_ascii=False)
-        path = self.output / record["file"]
-        if checkpoint and _record_of(path) == line:
-            return
         info = PngInfo()
-        info.add_itxt(_RECORD, line)
-        _save_png(Image.fromarray(pixels_HWC), path, info)
+        info.add_itxt("nextflow", json.dumps(record, ensure_ascii=False))
+        _save_png(Image.fromarray(pixels_HWC), self.output / record["file"], info)
 
 
 class ImageWriter(_PictureFolder):
     """Writes generated pictures as OUTPUT/00000.png ..., OUTPUT/samples.jsonl and OUTPUT/grid.png.
 
     samples.jsonl has one line per picture, in the order of the prompts: file, prompt, seed, level, aspect_ratio, key, split.
-    Pictures that an interrupted run of the same checkpoint has written are kept. Predictions without an image are left alone.
+    Predictions without an image are left alone.
     """
 
     def write_on_batch_end(
@@ -92,7 +84,7 @@ class ImageWriter(_PictureFolder):
             if result.image is None:
                 continue
             names = ("prompt", "seed", "level", "aspect_ratio", "key", "split")
-            self._add(trainer, result.index, result.image.numpy(), {name: getattr(result, name) for name in names})
+            self._add(result.index, result.image.numpy(), {name: getattr(result, name) for name in names})
 
 
 class ReconstructionWriter(_PictureFolder):
@@ -120,7 +112,7 @@ class ReconstructionWriter(_PictureFolder):
         for key, document, pixels_HWC in zip(prediction.keys, prediction.records, pixels_BHWC.cpu().numpy()):
             index = len(self._records) * trainer.world_size + trainer.global_rank
             line = {"prompt": caption_of(document), "key": key, "level": prediction.level}
-            self._add(trainer, index, pixels_HWC, {**line, "aspect_ratio": prediction.aspect_ratio})
+            self._add(index, pixels_HWC, {**line, "aspect_ratio": prediction.aspect_ratio})
 
 
 class CaptionWriter(BasePredictionWriter):
@@ -172,24 +164,6 @@ def _gather(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, records)  # also waits until all have written their pictures
     return {index: record for part in parts for index, record in part.items()}
-
-
-def _checkpoint(trainer: L.Trainer) -> str:
-    """Path and time of the checkpoint that is being used, empty if there is none."""
-    path = trainer.ckpt_path
-    return f"{path}@{os.stat(path).st_mtime_ns}" if path and os.path.exists(path) else ""
-
-
-def _record_of(path: Path) -> str | None:
-    """The line that a complete picture carries."""
-    if not path.is_file():
-        return None
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get(_RECORD)
-    except OSError:  # cut off, or no picture
-        return None
 
 
 def _save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:

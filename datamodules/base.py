@@ -36,7 +36,9 @@ CHUNK_BATCHES = 8
 MAKE_DOCUMENTS = (
     "`python -m nextflow.datamodules.openmoji --config configs/quickstart/1_data.yaml` (or datamodules.documents)"
 )
-MAKE_CODES = "run `predict` with a trained tokenizer and the callback CodeWriter, as configs/quickstart/6_codes.yaml does"
+MAKE_CODES = (
+    "run `predict` with a trained tokenizer and the callback CodeWriter, as configs/quickstart/6_codes.yaml does"
+)
 
 
 class Stage(Protocol):

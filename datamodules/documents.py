@@ -146,7 +146,7 @@ def _read_row(number: int, line: str, config: DocumentsConfig) -> _Row:
     try:
         decode_image(data)
     except (OSError, SyntaxError, ValueError) as error:
-        raise _BadRow(f"{file}: broken image: {error}") from error
+        raise _BadRow(f"{file}: broken image, or none: {_reason(error)}") from error
     record = {
         "segments": [{"text": caption.strip()}, {"image": f"0{path.suffix.lower()}"}],
         "source": config.source,
@@ -167,6 +167,11 @@ def _first(skipped: list[dict[str, Any]]) -> str:
     return "the first: " + "; ".join(f"line {row['line']}: {row['reason']}" for row in skipped[:5])
 
 
+def _reason(error: Exception) -> str:
+    """Pillow names the buffer it was given, which tells a user nothing."""
+    return "its format is not known" if "cannot identify" in str(error) else str(error)
+
+
 def _hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
@@ -181,7 +186,10 @@ def main() -> None:
     parser.add_class_arguments(DocumentsConfig)
     config = parser.parse_args().as_dict()
     config.pop("config")
-    report = write_documents(DocumentsConfig(**config))
+    try:
+        report = write_documents(DocumentsConfig(**config))
+    except (ValueError, FileNotFoundError) as error:  # what is wrong with the user's files, in one line
+        raise SystemExit(f"error: {error}") from error
     for row in report["skipped"]:
         print(f"skipped line {row['line']}: {row['reason']}")
     print(f"{config['output']}: {', '.join(f'{count} {split}' for split, count in report['splits'].items())}")

@@ -56,7 +56,7 @@ class Transformer(nn.Module):
         self.register_buffer("num_scales_table", torch.empty(config.max_scales + 1, W), persistent=False)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(W, config.norm_eps)
-        self.head = {"single": SingleHead, "dual": DualHead}[config.head](W, self.vocabulary)
+        self.head = SingleHead(W, self.vocabulary) if config.head == "single" else DualHead(W, self.vocabulary)
         self.init_weights()
 
     @torch.no_grad()

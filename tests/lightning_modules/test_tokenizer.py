@@ -266,7 +266,7 @@ def test_errors_name_the_key(stages, tmp_path):
     with pytest.raises(FileNotFoundError, match="perceptual_weights"):
         TokenizerModule(CONFIG, stage="pixel", losses=LossWeights(perceptual=1.0))
     with pytest.raises(ValueError, match="init_from"):
-        TokenizerModule(CONFIG, stage="decoder")
+        _fit(TokenizerModule(CONFIG, stage="decoder"), tmp_path, "x.ckpt")
     other = replace(CONFIG, codebook_size=64)
     module = TokenizerModule(
         other, stage="joint", init_from=str(stages / "pixel.ckpt"), semantic_encoder=str(stages / "siglip2")

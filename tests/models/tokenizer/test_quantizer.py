@@ -117,6 +117,28 @@ def test_gradients_pass_straight_through_and_reach_both_codebooks():
     assert quantizer.semantic_codebook.grad is None and features.grad.abs().sum() > 0
 
 
+def test_residual_loss_is_what_the_scales_leave_and_pulls_features_alone():
+    quantizer, features = _quantizer(), _features(SQUARE).requires_grad_()
+    output = quantizer(features, SQUARE)
+    left = features - quantizer.reconstruct(output.indices, SQUARE)
+    torch.testing.assert_close(output.residual_loss, left.square().mean())
+    (gradient,) = torch.autograd.grad(output.residual_loss, features, retain_graph=True)
+    torch.testing.assert_close(gradient, 2 * left.detach() / left.numel())  # the quantised sum is a constant target
+    assert torch.autograd.grad(output.residual_loss, quantizer.pixel_codebook, allow_unused=True) == (None,)
+
+
+def test_residual_loss_keeps_features_within_reach_of_unit_entries():
+    """Features thirty times an entry's length make every scale choose alike; a few steps on the loss bring them back."""
+    quantizer = _quantizer()
+    features = (30 * F.normalize(_features(SQUARE), dim=1)).requires_grad_()
+    optimizer = torch.optim.SGD([features], lr=0.2 * features.numel())
+    for _ in range(20):
+        optimizer.zero_grad()
+        quantizer(features, SQUARE).residual_loss.backward()
+        optimizer.step()
+    assert features.norm(dim=1).mean() < len(SQUARE) * 2**0.5  # the longest sum of entries of two unit parts
+
+
 def test_fp32_under_autocast():
     quantizer, features = _quantizer(), _features(SQUARE)
     plain = quantizer(features, SQUARE)
