@@ -2,7 +2,8 @@
 
 Every stage is one plain command, printed before it runs. Finished stages are skipped, an interrupted training goes on
 from its last checkpoint, and a stage whose config (or whose input) changed runs again, its old result kept beside it
-as NAME.previous. `RUN/timing.json` holds the seconds each stage took, over all attempts.
+as NAME.previous. `RUN/timing.json` holds the seconds each stage took, those before an
+interruption included.
 """
 
 import argparse
@@ -193,6 +194,8 @@ class _Pipeline:
             print(f"   runs from the beginning ({reason}); the old result is kept in {self.run / stage.name}.previous/")
             shutil.rmtree(result.with_name(result.name + ".previous"), ignore_errors=True)
             result.rename(result.with_name(result.name + ".previous"))
+        if not resume:
+            self.timing.pop(stage.name, None)
         _write_json(started, fingerprint)
         for arguments in stage.arguments:
             command = self._command(stage, arguments)

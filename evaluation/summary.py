@@ -36,6 +36,8 @@ from nextflow.evaluation.retrieval import Proportion, retrieve
 
 _SHOWN = {"train": 12, "compositional": 6, "validation": 4}
 """Rows of results.png for each split."""
+_TOKENIZER_COLUMN = re.compile(r"(?:val|tokenizer)/(?P<column>psnr/\d+|ssim/\d+|psnr|ssim|usage)")
+_LOSS_COLUMN = re.compile(r"(?P<split>train|val)/loss_(?:image/)?(?P<column>text|scale_\d+)")
 _REPORTED = re.compile(r"(psnr|ssim|usage|perplexity|loss|accuracy)")
 
 
@@ -60,6 +62,7 @@ def summarize(run: str | Path) -> dict[str, Any]:
     results = {
         "drawings": {split: sum(drawing.split == split for drawing in drawings) for split in SPLITS},
         "retrieval": _retrieval(generated, drawings),
+        "retrieval_of_reconstructions": _retrieval(_finest(reconstructed), drawings),
         "captions": _captions(run / "caption" / "captions.jsonl", drawings),
         "metrics": _metrics(run),
         "minutes": {stage: seconds / 60 for stage, seconds in _read_json(run / "timing.json").items()},
@@ -141,6 +144,11 @@ def _retrieval(pictures: Sequence[_Picture], drawings: Sequence[Drawing]) -> dic
     }
 
 
+def _finest(pictures: Sequence[_Picture]) -> list[_Picture]:
+    """The last picture of each drawing: levels are written in growing order."""
+    return list({(p.split, p.drawing.key): p for p in pictures if p.drawing is not None}.values())
+
+
 def _captions(path: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
     splits = {drawing.key: drawing.split for drawing in drawings}
     groups: dict[str, list[dict]] = {}
@@ -157,7 +165,7 @@ def _captions(path: Path, drawings: Sequence[Drawing]) -> dict[str, Any]:
 def _metrics(run: Path) -> dict[str, dict[str, float]]:
     """The last value of each reported metric, per stage (a folder of the run)."""
     stages = {}
-    for folder in sorted(path for path in run.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in run.iterdir() if path.is_dir() and not path.name.endswith(".previous")):
         values: dict[str, float] = {}
         for path in sorted(folder.rglob("metrics.csv")):
             with open(path, newline="") as file:
@@ -180,6 +188,15 @@ def _markdown(results: dict[str, Any]) -> str:
         ]
         gallery = next(iter(results["retrieval"].values()))["gallery"]
         lines += [f"## Retrieval of generated pictures among {gallery} drawings, by pixel distance (95 % interval)", ""]
+        rows += [
+            (
+                f"reconstructions, {split}",
+                _interval(found["rank_1"]),
+                _interval(found["rank_5"]),
+                f"{found['median_rank']:g}",
+            )
+            for split, found in _ordered(results["retrieval_of_reconstructions"])
+        ]
         lines += _table(("captions of", "rank 1", "rank 5", "median rank"), rows)
     if results["captions"]:
         rows = [
@@ -187,11 +204,8 @@ def _markdown(results: dict[str, Any]) -> str:
             for split, found in _ordered(results["captions"])
         ]
         lines += ["## Captions of drawings", "", *_table(("drawings of", "exact match", "token F1"), rows)]
-    for stage, values in results["metrics"].items():
-        shown = {name: value for name, value in values.items() if not name.startswith("train/")}
-        if shown:
-            lines += [f"## {stage}", ""]
-            lines += _table(("metric", "value"), [(name, f"{value:.4g}") for name, value in shown.items()])
+    lines += _metrics_table("Tokenizer, on drawings it was not trained on", results["metrics"], _TOKENIZER_COLUMN)
+    lines += _metrics_table("Transformer, loss by scale (train: last logged batch)", results["metrics"], _LOSS_COLUMN)
     if results["minutes"]:
         minutes = results["minutes"]
         rows = [(stage, f"{value:.1f}") for stage, value in [*minutes.items(), ("sum", sum(minutes.values()))]]
@@ -199,6 +213,26 @@ def _markdown(results: dict[str, Any]) -> str:
     if results["missing"]:
         lines += [f"Not there when this was written: {', '.join(results['missing'])}.", ""]
     return "\n".join(lines)
+
+
+def _metrics_table(title: str, metrics: dict[str, dict[str, float]], column: re.Pattern[str]) -> list[str]:
+    """One row per stage (and split, where the names have one), one column per metric whose name matches."""
+    cells: dict[str, dict[str, float]] = {}
+    for stage, values in metrics.items():
+        for name, value in values.items():
+            match = column.fullmatch(name)
+            if match:
+                row = " ".join(part for part in (stage, match.groupdict().get("split")) if part)
+                cells.setdefault(row, {})[match["column"]] = value
+    if not cells:
+        return []
+    columns = sorted(
+        {name for row in cells.values() for name in row}, key=lambda name: (name.startswith("scale"), name)
+    )
+    rows = [
+        (row, *(f"{values[name]:.4g}" if name in values else "-" for name in columns)) for row, values in cells.items()
+    ]
+    return [f"## {title}", "", *_table(("stage", *columns), rows)]
 
 
 def _ordered(splits: dict[str, Any]) -> list[tuple[str, Any]]:

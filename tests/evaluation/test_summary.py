@@ -85,7 +85,11 @@ def test_everything_that_is_there_enters_the_table(run):
     assert results["captions"]["compositional"]["token_f1"] == pytest.approx(2 / 3)
     assert results["metrics"]["tokenizer_pixel"] == {"val/psnr": 21.5, "val/ssim": 0.9}
     table = (run / "results.md").read_text()
-    assert "| val/loss_image/scale_01 | 1.25 |" in table and "| sum | 2.0 |" in table
+    assert (
+        "| transformer val | 1.25 |" in table
+        and "| tokenizer_pixel | 21.5 | 0.9 |" in table
+        and "| sum | 2.0 |" in table
+    )
     assert json.loads((run / "results.json").read_text())["minutes"] == {"tokenizer_pixel": 1.5, "transformer": 0.5}
 
 
