@@ -265,9 +265,16 @@ def _call(command: Sequence[str]) -> int:
         "HF_HUB_OFFLINE": "1",
     }
     child = subprocess.Popen(command, cwd=ROOT, env={**quiet, **os.environ})
-    handler = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    stopped: list[int] = []
+
+    def pass_on(number: int, _: object) -> None:
+        stopped.append(number)
+        child.terminate()
+
+    handler = signal.signal(signal.SIGTERM, pass_on)
     try:
-        return child.wait()
+        code = child.wait()
+        return code if code or not stopped else -stopped[0]  # Lightning ends on SIGTERM with exit code 0
     except KeyboardInterrupt:  # the terminal interrupted the child as well: let it finish writing its checkpoint
         child.wait()
         raise

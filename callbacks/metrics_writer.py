@@ -25,8 +25,8 @@ class MetricsWriter(L.Callback):
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the metrics of training and of its last validation."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the metrics of training and of its last validation; a resumed run that was over has none and keeps the file."""
         seconds = time.perf_counter() - self._started
         self._write(trainer, {}, {"fit/seconds": seconds, "fit/steps": trainer.global_step})
 

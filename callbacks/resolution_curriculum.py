@@ -48,7 +48,9 @@ class ResolutionCurriculum(L.Callback):
 
         Raises ValueError saying which trainer option to set.
         """
-        if stage != "fit":
+        if stage != "fit":  # validate and test see the last stage's level and alpha, as the end of fit does
+            if hasattr(getattr(trainer, "datamodule", None), "stages"):
+                trainer.datamodule.stages = [self.stages[-1]]
             return
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError("ResolutionCurriculum needs trainer.reload_dataloaders_every_n_epochs: 1")

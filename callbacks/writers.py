@@ -45,7 +45,7 @@ class _PictureFolder(BasePredictionWriter):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write samples.jsonl and grid.png, in the order of the numbers, over all ranks."""
         records = [record for _, record in sorted(_gather(self._records).items())]
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not records:
             return
         _write_lines(self.output / "samples.jsonl", records)
         shown = records[: self.max_pictures]

@@ -9,6 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from nextflow.datamodules.streams import (
     train_batches,
 )
 from nextflow.sequence.scales import ScaleSchedule
-from nextflow.sequence.shards import ShardHeader, check_header
+from nextflow.sequence.shards import check_header
 
 # Evaluation batches are made inside chunks of this many batches, so that buckets of aspect ratio can fill up.
 CHUNK_BATCHES = 8
@@ -129,7 +130,8 @@ class ShardDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """The splits `validation_splits` behind each other; `batch.split` names them."""
-        return self._evaluation_loader([split for split in self.validation_splits if split in self.shards])
+        default = self.validation_splits == ["validation"] and "validation" not in self.shards
+        return self._evaluation_loader([] if default else self.validation_splits)
 
     def test_dataloader(self) -> DataLoader | list:
         """The splits `test_splits`."""
@@ -164,15 +166,12 @@ class ShardDataModule(L.LightningDataModule):
         return self.shards[split]
 
     def paths(self, split: str, pattern: str) -> list[Path]:
-        """The shards of a pattern, after the header of the first was checked against this run."""
+        """The shards of a pattern; the header of each is checked against this run when it is opened."""
         how = MAKE_CODES if "{level}" in self.pattern(split) else MAKE_DOCUMENTS
         paths = find_shards(pattern, f"data.shards.{split}", how)
-        self.check(self.open(paths[0]).header, str(paths[0]))
+        self.open.check = partial(check_header, schedule=self.schedule, fingerprint=self._fingerprint_of_module())
+        self.open(paths[0])
         return paths
-
-    def check(self, header: ShardHeader, where: str) -> None:
-        """Refuses codes of another schedule, or of another image tokenizer than the module's."""
-        check_header(header, self.schedule, self._fingerprint_of_module(), where)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -190,7 +189,7 @@ class ShardDataModule(L.LightningDataModule):
         samples = [Sample(shard, key, 0) for shard in shards for key in shard.keys]
         if not predict and num_ranks > 1:
             # All ranks evaluate equally many, as collectives need; predict must not write a sample twice.
-            samples += samples[: -len(samples) % num_ranks]
+            samples += (samples * num_ranks)[: -len(samples) % num_ranks]
         return samples[rank::num_ranks]
 
     # Exact resume.

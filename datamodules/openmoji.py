@@ -187,7 +187,10 @@ def main() -> None:
     parser.add_class_arguments(OpenMojiConfig)
     config = parser.parse_args().as_dict()
     config.pop("config")
-    report = make_openmoji(OpenMojiConfig(**config))
+    try:
+        report = make_openmoji(OpenMojiConfig(**config))
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:  # the user's to mend, in one line
+        raise SystemExit(f"error: {error}") from error
     splits = ", ".join(f"{count} {split}" for split, count in report["splits"].items())
     print(f"{config['output']}: {splits}; text tokenizer of {report['text_tokenizer']['size']} ids")
     for reason, keys in report["skipped"].items():

@@ -102,12 +102,6 @@ class PackedDataModule(ShardDataModule):
         )
         self.cache = _DocumentCache(cache_megabytes)
 
-    @property
-    def tokenizer_fingerprint(self) -> str | None:
-        """Fingerprint of the image tokenizer that made the training codes; None for document shards."""
-        pattern = self.pattern("train").replace("{level}", str(self.level))
-        return self.open(self.paths("train", pattern)[0]).header.tokenizer
-
     def training_recipe(self, stage: Stage | None) -> tuple["_PackedRecipe", str, int]:
         level = self.level if stage is None else stage.level
         batch_size = self.batch_size if stage is None or stage.batch_size is None else stage.batch_size

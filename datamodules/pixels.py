@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nextflow.datamodules.streams import Sample
 
@@ -37,8 +37,8 @@ class ImageCache:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An image file as RGB; what is transparent becomes white."""
-    image: Image.Image = Image.open(io.BytesIO(data))
+    """An image file as RGB, turned upright as its EXIF tag says; what is transparent becomes white."""
+    image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -66,7 +66,7 @@ class PromptDataModule(L.LightningDataModule):
             prompt_file: text file with one prompt a line.
             shards: split -> glob pattern of shards whose captions (task image) or images (task text) are the prompts.
             splits: splits to take; all of `shards` if not given.
-            per_split: how many of each split, spread evenly over it; all if not given.
+            per_split: how many of each split, drawn with `seed`; all if not given.
             task: generate an "image" or a "text".
             aspect_ratio: height / width of generated images.
             schedule: scale schedule.

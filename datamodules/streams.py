@@ -89,12 +89,17 @@ class ShardFolder:
 
     def __init__(self, max_open: int = 64):
         self.max_open = max_open
+        self.check: Callable[..., None] | None = None
+        """Called with the header of each shard that is opened, and its path as `where`; raises where it does not fit."""
         self._shards: OrderedDict[Path, Shard] = OrderedDict()
 
     def __call__(self, path: Path) -> Shard:
         shard = self._shards.get(path)
         if shard is None:
-            shard = self._shards[path] = open_shard(path)
+            shard = open_shard(path)
+            if self.check is not None:
+                self.check(shard.header, where=str(path))
+            self._shards[path] = shard
             while len(self._shards) > self.max_open:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(path)

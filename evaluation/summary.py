@@ -181,13 +181,14 @@ def _metrics(run: Path) -> dict[str, dict[str, float]]:
 def _markdown(results: dict[str, Any]) -> str:
     lines = ["# Results", "", f"Drawings: {', '.join(f'{n} {s}' for s, n in results['drawings'].items())}.", ""]
     rows: list[tuple[str, ...]]
-    if results["retrieval"]:
+    retrieval = results["retrieval"] or results["retrieval_of_reconstructions"]
+    if retrieval:
         rows = [
             (split, _interval(found["rank_1"]), _interval(found["rank_5"]), f"{found['median_rank']:g}")
             for split, found in _ordered(results["retrieval"])
         ]
-        gallery = next(iter(results["retrieval"].values()))["gallery"]
-        lines += [f"## Retrieval of generated pictures among {gallery} drawings, by pixel distance (95 % interval)", ""]
+        gallery = next(iter(retrieval.values()))["gallery"]
+        lines += [f"## Retrieval among {gallery} drawings, by pixel distance (95 % interval)", ""]
         rows += [
             (
                 f"reconstructions, {split}",

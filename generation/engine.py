@@ -5,7 +5,8 @@ own grids or one text id. A window of n predicted codes or ids is sampled, writt
 window's input. Guidance is one more row per request, fed the same codes behind the negative prompt. Finished rows add nothing
 and leave the cache once they are half of it.
 
-Built: text (and images) to image, and images (and text) to text. A request ends with its image or its text.
+Built: text (and images) to image, and images (and text) to text. A request ends with its image or its text, so text
+positions draw text ids and the end.
 
 Shapes: B rows of a step, N positions of the longest window, M predicted positions of a group, D width, V ids of one kind.
 """
@@ -205,7 +206,7 @@ class Decoding:
         head = self.transformer.head
         if isinstance(head, torch.nn.Linear):  # one matrix for everything: take the rows of this kind
             return torch.nn.functional.linear(hidden_MD, head.weight[ids]).float()
-        return self.transformer.logits(hidden_MD)[:, ids].float()
+        return (head.code(hidden_MD) if task == "image" else head.text(hidden_MD)[:, ids]).float()
 
     def _fed_from(self, row: int) -> int:
         return self._starts[row] if self.reuse_cache else 0
@@ -225,9 +226,7 @@ class Decoding:
     def _write_ids(self, jobs: list[_Job], counts: list[int], id_M: Tensor) -> None:
         rows = torch.tensor([job.rows[0] for job in jobs], device=self.device)
         columns = torch.tensor([self._ends[job.rows[0]] for job in jobs], device=self.device)
-        # The last id of a full text has no place in the script, and nothing to predict.
-        kept = columns < self.script.length
-        self.script.write_ids(rows[kept], columns[kept], id_M[kept])
+        self.script.write_ids(rows, columns, id_M)
 
     def _advance(self, job: _Job, drawn: Tensor) -> None:
         """Open the next window behind the current one, or finish."""

@@ -44,6 +44,8 @@ class GenerationRequest:
             )
         if self.task == "text" and self.max_text_tokens < 1:
             raise ValueError(f"max_text_tokens must be at least 1, got {self.max_text_tokens}")
+        if self.negative and not self.guidance:
+            raise ValueError("a negative prompt needs guidance above 0")
         if self.guidance < 0:
             raise ValueError(f"guidance must be at least 0, got {self.guidance}")
         for segment in (*self.segments, *self.negative):

@@ -121,14 +121,15 @@ def sample(logits_MV: Tensor, noise_M: Tensor, rule: Rule) -> Sample:
         # An id stays while the ids before it have not reached the share: the most likely one always stays.
         before_MV = probability_MV.cumsum(dim=-1) - probability_MV
         probability_MV = probability_MV.masked_fill(before_MV >= rule.top_p, 0.0)
-    cumulative_MV = probability_MV.cumsum(dim=-1)
+    # float64: a parallel scan in float32 may rise by an ulp at an id of probability 0, which would then be drawn.
+    cumulative_MV = probability_MV.cumsum(dim=-1, dtype=torch.float64)
     total_M1 = cumulative_MV[:, -1:]
     # The first id whose cumulative share exceeds the noise; an id of probability 0 never is. Rounding may lift the product to
     # the total, which no id exceeds, hence the step down.
     below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))
     threshold_M1 = (noise_M[:, None].to(total_M1) * total_M1).minimum(below_M1)
     index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
-    logprob_M = (probability_MV.gather(1, index_M1) / total_M1).log().squeeze(1)
+    logprob_M = (probability_MV.gather(1, index_M1) / total_M1).float().log().squeeze(1)
     if ids_MV is not None:
         index_M1 = ids_MV.gather(1, index_M1)
     return Sample(index_M1.squeeze(1), logprob_M)

@@ -5,10 +5,10 @@
 A text token is a block of its own and a scale of an image is one block, so text is causal and a scale sees itself, all
 coarser scales and everything before the image. Padding is document -1 and sees only padding.
 
-Three implementations with one signature, all of which build their mask once per batch:
+Three implementations with one signature; a packed batch's mask is built once and shared by all layers:
 
     flex    FlexAttention: the law is its mask function and empty tiles are skipped. CUDA.
-    dense   two matrix products and a softmax. In bfloat16 on CPU, 3 to 5 times faster, forward and backward, than
+    dense   two matrix products and a softmax; in bfloat16 on CPU several times faster than sdpa (`benchmarks/attention.py`).
     sdpa    `scaled_dot_product_attention` with a dense mask, which never holds all scores. Runs everywhere.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), L keys, N queries, D head width.

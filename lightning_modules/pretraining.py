@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning as L
@@ -120,7 +120,7 @@ class PretrainingModule(L.LightningModule):
         if self.transformer is not None:
             return
         model = Transformer(self.config)
-        model.initialize_codes(self.tokenizer.quantizer.lookup(torch.arange(self.config.codebook_size)))
+        model.initialize_codes(self.tokenizer.quantizer.entries_KC())
         # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
         if self.initialize_from is not None and self._trainer is not None and self.trainer.ckpt_path is None:
             model.load_state_dict(initial_weights(self.initialize_from, model, self._fingerprint))
@@ -139,7 +139,34 @@ class PretrainingModule(L.LightningModule):
             self.shard(model)
         self.transformer = model
 
+    def setup(self, stage: str) -> None:
+        """Refuse data that was laid out for another vocabulary, schedule or layout; alpha is the data's own."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        ours = {
+            "text_tokenizer": lambda: self.text_tokenizer.fingerprint(),
+            "schedule": lambda: self.schedule,
+            "codebook_size": lambda: self.config.codebook_size,
+            "layout": lambda: replace(self.layout, alpha=0.0),
+        }
+        theirs = {
+            "text_tokenizer": lambda: data.text_tokenizer.fingerprint(),
+            "schedule": lambda: data.schedule,
+            "codebook_size": lambda: data.codebook_size,
+            "layout": lambda: replace(data.layout, alpha=0.0),
+        }
+        for name, value in ours.items():
+            if hasattr(data, name) and theirs[name]() != value():
+                raise ValueError(f"data.{name} and the model's differ: {theirs[name]()} and {value()}")
+
+    def on_predict_start(self) -> None:
+        """The tokenizer is no submodule, so Lightning does not move it."""
+        self.tokenizer.to(self.device)
+
     # Training
+
+    def on_train_start(self) -> None:
+        """Start the clock of the throughput."""
+        self._since = time.perf_counter()
 
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Weighted cross-entropy of a PackedBatch, divided by the global number of targets."""
@@ -148,7 +175,7 @@ class PretrainingModule(L.LightningModule):
         count = self._sum_over_ranks(rows.num_targets.float()).clamp(min=1)
         self._targets.append(count)
         loss = (tokens.loss_N * rows.weight_BL.flatten()).sum() * self.trainer.world_size / self._targets[0]
-        self._positions += (rows.document_BL != PADDING).sum()
+        self._positions = self._positions.to(self.device) + (rows.document_BL != PADDING).sum()
         if self._logs_now:
             self._log_training(rows, tokens)
         return loss
@@ -288,7 +315,7 @@ class PretrainingModule(L.LightningModule):
     @property
     def _logs_now(self) -> bool:
         trainer: Any = self.trainer
-        return trainer.global_step % trainer.log_every_n_steps == 0
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # as Lightning's loggers count
 
     def _tokens(self, rows: PackedRows) -> LinearCrossEntropy:
         return self.transformer.cross_entropy(self.transformer(rows), rows.target_BL)
@@ -328,9 +355,10 @@ class PretrainingModule(L.LightningModule):
         self._since, self._positions = now, torch.zeros_like(self._positions)
 
     def _log_totals(self, prefix: str) -> None:
-        if self._totals is None:
-            return
-        values = self._totals.over_ranks(self._sum_over_ranks).named(prefix)
+        # All ranks take part in the sums, also one whose share of the set was empty.
+        totals = self._totals or TokenMetrics(self.config.max_scales, self.device)
+        values = totals.over_ranks(self._sum_over_ranks).named(prefix)
         self._totals = None
-        self.log(f"{prefix}/loss", values.pop(f"{prefix}/loss"), prog_bar=True)
+        if f"{prefix}/loss" in values:
+            self.log(f"{prefix}/loss", values.pop(f"{prefix}/loss"), prog_bar=True)
         self.log_dict(values)

@@ -1,8 +1,8 @@
 """Trains the image tokenizer in three stages (NextFlow section 3.1) and turns images into codes.
 
-    pixel     the pixel branch alone joint     everything; pixel encoder, decoder and codebook from the pixel stage,
-    semantic encoder from a SigLIP 2 folder decoder   the pixel decoder alone, doubled (`tokenizer.decoder_capacity:
-    2`), everything else frozen, from the joint stage
+    pixel      the pixel branch alone
+    joint      everything; pixel encoder, decoder and codebook from the pixel stage, semantic encoder from a SigLIP 2 folder
+    decoder    the pixel decoder alone, doubled (`tokenizer.decoder_capacity: 2`), everything else frozen, from the joint stage
 
 Steps: `trainer.global_step` counts optimiser steps, and Lightning would count the discriminator's too, so that
 `max_steps` would end a run after half the batches. Here only the generator's steps are counted (the discriminator's
@@ -133,6 +133,8 @@ class TokenizerModule(L.LightningModule):
         if stage == "decoder":
             self.tokenizer.requires_grad_(False)
             self.tokenizer.pixel_decoder.requires_grad_(True)
+        elif config.semantic is not None and not losses.semantic:  # nothing reads it, and DDP waits for its gradients
+            self.tokenizer.semantic_decoder.requires_grad_(False)
 
         levels = [str(level) for level in config.schedule.levels]
         self.psnr: Any = nn.ModuleDict({level: PeakSignalNoiseRatio((0.0, 1.0), dim=(1, 2, 3)) for level in levels})
@@ -250,6 +252,12 @@ class TokenizerModule(L.LightningModule):
             aspect_ratio=batch.aspect_ratio,
             split=batch.split,
         )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Outside of fit, what only trains (teacher, discriminator, perceptual loss) may be absent from this config."""
+        if self._trainer is not None and self.trainer.state.fn != "fit":
+            ours, stored = self.state_dict(), checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in stored.items() if k.startswith("tokenizer.") or k in ours}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer_config"] = self.tokenizer.config.to_dict()

@@ -73,10 +73,6 @@ class PackedRows:
         moved = {field.name: getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)}
         return PackedRows(**moved)
 
-    def pin_memory(self) -> PackedRows:
-        """The same rows in page-locked memory."""
-        return PackedRows(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
-
     @property
     def num_targets(self) -> Tensor:
         """Number of targets that are trained on, a scalar."""
@@ -84,8 +80,8 @@ class PackedRows:
 
     @property
     def target_scale_BL(self) -> Tensor:
-        """Scale of each target, 0 for text: the position's own scale, as block k predicts scale k."""
-        return self.scale_BL
+        """Scale of each target: the position's own, as block k predicts scale k; 0 for text and where nothing is predicted."""
+        return torch.where(self.target_BL == IGNORE, 0, self.scale_BL)
 
     def visible_BLL(self) -> Tensor:
         """The visibility law as a mask [B, L, L], True where the query (second axis) sees the key (third)."""
@@ -129,7 +125,7 @@ def lay_out(
     longest = max(row.length for row in built)
     length = longest if length is None else length
     if longest > length:
-        raise ValueError(f"a row has {longest} positions, more than the length {length}: raise data.length")
+        raise ValueError(f"a row has {longest} positions, more than the length {length}: raise data.max_length")
 
     def table(name: str, padding: float, dtype: type) -> np.ndarray:
         out: np.ndarray = np.full((len(built), length), padding, dtype=dtype)

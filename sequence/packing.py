@@ -41,7 +41,7 @@ def pack_fixed_length(lengths: Sequence[int], length: int) -> list[list[int]]:
     free: list[int] = []
     for index, need in enumerate(lengths):
         if need > length:
-            raise ValueError(f"a document has {need} positions, more than a row of {length}: raise data.length")
+            raise ValueError(f"a document has {need} positions, more than a row of {length}: raise data.max_length")
         row = next((row for row, space in enumerate(free) if space >= need), None)
         if row is None:
             rows.append([index])

@@ -44,9 +44,8 @@ class ScaleSchedule:
     """One grid (height, width) per aspect ratio, all of about the area of the one square grid among them."""
 
     def __post_init__(self) -> None:
-        set_field = (
-            object.__setattr__
-        )  # frozen: YAML gives lists and string keys, which become tuples and integers here
+        # Frozen; JSON gives lists and string keys, which become tuples and integers here.
+        set_field = object.__setattr__
         set_field(self, "sides", tuple(int(side) for side in self.sides))
         levels = sorted((int(level), int(count)) for level, count in self.levels.items())
         set_field(self, "levels", dict(levels))

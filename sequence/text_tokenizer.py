@@ -40,7 +40,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without specials."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; start and end tokens are dropped."""
@@ -96,7 +96,7 @@ def load_text_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
             f"no tokenizer.json in {folder} (key `text_tokenizer`): name a local Hugging Face tokenizer folder, "
             "such as the text_tokenizer folder that `python -m nextflow.datamodules.openmoji` writes"
         )
-    if _tokenizer_class(folder) == "PreTrainedTokenizerFast":
+    if _tokenizer_class(folder) in ("PreTrainedTokenizerFast", "TokenizersBackend"):  # transformers 4 and 5
         # AutoTokenizer asks for a model config beside it; our own folders and many published ones have none.
         return TextTokenizer(PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True))
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)

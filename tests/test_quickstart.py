@@ -15,7 +15,8 @@ from nextflow.quickstart import STAGES, Stage, StageError, run_stages
 
 FAKE = '''
 """A stage: appends to its folder what it did; `fail: true` and `hang: true` in the config make it stop."""
-import json, sys, time, pathlib
+import json, signal, sys, time, pathlib
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Lightning does, whose exit code says nothing
 arguments = sys.argv[1:]
 config = json.loads(pathlib.Path(arguments[arguments.index("--config") + 1]).read_text())
 folder = pathlib.Path(config["folder"])

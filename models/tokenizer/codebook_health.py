@@ -67,7 +67,7 @@ class CodebookHealth(nn.Module):
         """Entries are residual vectors of the first batch, the residual of a scale being what earlier scales' entries leave.
 
         A pixel codebook that came from an earlier stage stays; each entry's semantic part is then that of a vector it
-        is nearest to.
+        is nearest to, or of a random one where it is nearest to none.
         """
         keep_pixel, semantic_weight = bool(self.pixel_ready), quantizer.semantic_weight
         quantizer.semantic_weight = 0.0 if keep_pixel else semantic_weight

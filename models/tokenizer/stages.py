@@ -17,6 +17,11 @@ def start_joint(tokenizer: Tokenizer, pixel_stage: Tokenizer) -> None:
 
     Raises ValueError, naming the keys, where the two do not fit.
     """
+    if pixel_stage.config.semantic is not None:
+        raise ValueError(
+            "init_from: stage joint starts from a pixel stage, but this checkpoint has a semantic branch; "
+            "continue a joint run with --ckpt_path"
+        )
     _check(tokenizer, pixel_stage, _FREE | {"semantic", "semantic_dim"})
     tokenizer.pixel_encoder.load_state_dict(pixel_stage.pixel_encoder.state_dict())
     tokenizer.pixel_decoder.load_state_dict(pixel_stage.pixel_decoder.state_dict())

@@ -44,11 +44,6 @@ class DualHead(nn.Module):
         """Logits [..., V]."""
         return torch.cat((self.text(x_NW), self.code(x_NW)), dim=-1)
 
-    @property
-    def weight(self) -> Tensor:
-        """Both matrices as one [V, W], as a single head has it."""
-        return torch.cat((self.text.weight, self.code.weight))
-
     def cross_entropy(self, x_NW: Tensor, target_N: Tensor) -> LinearCrossEntropy:
         """Per-token losses; targets of -100 are ignored."""
         is_code_N = target_N >= self.code_offset

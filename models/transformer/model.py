@@ -34,7 +34,7 @@ from nextflow.sequence.layout import PackedRows
 class Transformer(nn.Module):
     """Qwen2.5's decoder over interleaved text and images.
 
-    Training calls `forward` and `cross_entropy`; decoding calls `embed_tokens` / `embed_image`, `step` and `logits`.
+    Training calls `forward` and `cross_entropy`; decoding calls `embed`, `step` and the head.
 
     Args:
         config: shape and vocabulary.
@@ -51,7 +51,8 @@ class Transformer(nn.Module):
         self.boundary_embedding = nn.Embedding(2, W)
         self.code_embedding = nn.Embedding(config.codebook_size, config.code_dim)
         self.connector = nn.Sequential(nn.Linear(config.code_dim, W), nn.GELU(), nn.Linear(W, W))
-        # Row 0 is text: zero, and without gradient. The last row marks the last scale's own codes (`layout.feed_last_scale`).
+        # Row 0 is text: zero, and without gradient. Row K + 1 marks the last scale's
+        # own codes (`layout.feed_last_scale`), hence one row more than scales.
         self.scale_embedding = nn.Embedding(config.max_scales + 2, W, padding_idx=0)
         self.register_buffer("num_scales_table", torch.empty(config.max_scales + 1, W), persistent=False)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
@@ -136,45 +137,26 @@ class Transformer(nn.Module):
         x_BLW = x_BLW.flatten(0, 1).index_copy(0, rows.input_position_M, image_MW).view_as(x_BLW)
         return x_BLW + self._scale_mark(rows.scale_BL, rows.num_scales_BL)
 
+    def embed_tokens(self, ids_BN: Tensor) -> Tensor:
+        """Inputs [B, N, W] of text ids, <boi> and <eoi> (ids below `vocabulary.code_offset`), without the mark of a scale."""
+        boundary_BN = ids_BN - self.config.text_size
+        return torch.where(
+            (boundary_BN >= 0)[..., None],
+            self.boundary_embedding(boundary_BN.clamp(min=0)),
+            self.token_embedding(ids_BN.clamp(max=self.config.text_size - 1)),
+        )
+
     def cross_entropy(self, hidden_BLW: Tensor, target_BL: Tensor) -> LinearCrossEntropy:
         """Loss and correctness of each position, flat [B * L]; targets of -100 are ignored."""
         return self.head.cross_entropy(hidden_BLW.flatten(0, -2), target_BL.flatten())
 
     # Decoding
 
-    def embed_tokens(self, ids_BN: Tensor, scale_BN: Tensor | int = 0, num_scales_BN: Tensor | int = 0) -> Tensor:
-        """Inputs [B, N, W] of text ids, <boi> and <eoi>.
-
-        Args:
-            ids_BN: ids below `vocabulary.code_offset`.
-            scale_BN: 1 at <boi>, 0 elsewhere.
-            num_scales_BN: scales of the image at <boi>, 0 elsewhere.
-        """
-        boundary_BN = ids_BN - self.config.text_size
-        x_BNW = torch.where(
-            (boundary_BN >= 0)[..., None],
-            self.boundary_embedding(boundary_BN.clamp(min=0)),
-            self.token_embedding(ids_BN.clamp(max=self.config.text_size - 1)),
-        )
-        if isinstance(scale_BN, int) and scale_BN == 0:
-            return x_BNW
-        return x_BNW + self._scale_mark(scale_BN, num_scales_BN)
-
-    def embed_image(self, feature_BNC: Tensor, scale: Tensor | int, num_scales: Tensor | int) -> Tensor:
-        """Inputs [B, N, W] of the cells of an image block.
-
-        Args:
-            feature_BNC: vectors of the coarser scale (`code_embedding(codes)`), resized to this block's grid.
-            scale: the scale that the block predicts, 2 to K; one number or one per position.
-            num_scales: K, likewise.
-        """
-        return self.connector(feature_BNC) + self._scale_mark(scale, num_scales)
-
     def step(self, x_BNW: Tensor, position_3BN: Tensor, cache: DecodeCache) -> Tensor:
         """Hidden states [B, N, W] of new positions, which attend to the cache and to each other as the cache says.
 
         Args:
-            x_BNW: inputs from `embed_tokens` and `embed_image`.
+            x_BNW: inputs from `embed`.
             position_3BN: their rotary positions.
             cache: keys and values so far; every layer appends to it.
         """
@@ -192,10 +174,8 @@ class Transformer(nn.Module):
         rotation = rope_cos_sin(position_3BL, config.head_dim, config.rope_theta, config.rope_sections)
         return rotation.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
 
-    def _scale_mark(self, scale: Tensor | int, num_scales: Tensor | int) -> Tensor:
-        device = self.num_scales_table.device
-        scale, num_scales = torch.as_tensor(scale, device=device), torch.as_tensor(num_scales, device=device)
-        return self.scale_embedding(scale) + F.embedding(num_scales, self.num_scales_table)
+    def _scale_mark(self, scale_BL: Tensor, num_scales_BL: Tensor) -> Tensor:
+        return self.scale_embedding(scale_BL) + F.embedding(num_scales_BL, self.num_scales_table)
 
 
 def _sinusoids(rows: int, width: int) -> Tensor:

@@ -41,7 +41,8 @@ def from_qwen2_5_vl(
         ValueError: a key on either side has no partner, or a shape differs; the message names it.
     """
     source = {_plain(key): value for key, value in theirs.items() if not key.startswith(("visual.", "model.visual."))}
-    source.setdefault("lm_head.weight", source.get("embed_tokens.weight", torch.empty(0)))
+    if "embed_tokens.weight" in source:
+        source.setdefault("lm_head.weight", source["embed_tokens.weight"])
     result = {key: value for key, value in ours.items() if key.startswith(OURS_ALONE)}
     missing = []
     for key, (parts, rows) in _partners(config).items():

@@ -211,6 +211,26 @@ def test_checkpoint_explains_itself_and_refuses_other_tokenizers(folder, tmp_pat
         trainer(folder).fit(other, loader(batches(other)))
 
 
+def test_data_of_another_vocabulary_or_layout_is_refused(folder):
+    """A shifted `<boi>` or another range of positions would train without a word."""
+    module = make(folder)
+
+    class Data(L.LightningDataModule):
+        codebook_size = module.config.codebook_size
+        layout = LayoutConfig(alpha=0.9)  # alpha is the data's own
+
+        def train_dataloader(self):
+            return loader(batches(module))
+
+    trainer(folder, max_steps=1).fit(module, datamodule=Data())
+    Data.layout = LayoutConfig(rope_range=8.0)
+    with pytest.raises(ValueError, match=r"data\.layout and the model's differ"):
+        trainer(folder, max_steps=1).fit(make(folder), datamodule=Data())
+    Data.layout, Data.codebook_size = LayoutConfig(), 7
+    with pytest.raises(ValueError, match=r"data\.codebook_size and the model's differ: 7 and"):
+        trainer(folder, max_steps=1).fit(make(folder), datamodule=Data())
+
+
 def test_code_embedding_starts_as_the_codebook(folder):
     module = make(folder)
     module.configure_model()

@@ -144,7 +144,7 @@ def test_wrong_number_of_codes_is_named() -> None:
 
 
 def test_document_too_long_for_the_row_names_the_key() -> None:
-    with pytest.raises(ValueError, match=r"data\.length"):
+    with pytest.raises(ValueError, match=r"data\.max_length"):
         lay_out([[Document(segments=(_image(),))]], VOCABULARY, LayoutConfig(), length=10)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nextflow.lightning_modules.token_metrics import TokenMetrics
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment
@@ -18,7 +19,7 @@ def tiny(**changes):
     torch.manual_seed(0)
     config = TransformerConfig(
         text_size=30, codebook_size=25, code_dim=6, start_id=0, end_id=1, width=32, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=8, mlp_width=48, rope_sections=(2, 1, 1), max_scales=5, init_std=0.2, **changes,
+        head_dim=8, mlp_width=48, rope_sections=(2, 1, 1), init_std=0.2, **{"max_scales": 5, **changes},
     )  # fmt: skip
     return Transformer(config)
 
@@ -105,7 +106,9 @@ def test_dual_head_lets_text_and_codes_compete_apart():
     text = cross_entropy(logits_NV[text_N, :offset], target_N[text_N], reduction="none")
     torch.testing.assert_close(tokens.loss_N[code_N], code)
     torch.testing.assert_close(tokens.loss_N[text_N], text)
-    torch.testing.assert_close(logits_NV, hidden_BLW.flatten(0, 1) @ model.head.weight.t())
+    torch.testing.assert_close(
+        logits_NV, hidden_BLW.flatten(0, 1) @ torch.cat((model.head.text.weight, model.head.code.weight)).t()
+    )
 
 
 def test_first_code_knows_the_level():
@@ -119,16 +122,12 @@ def test_first_code_knows_the_level():
     assert (hidden[0] - hidden[1]).abs().max() > 1e-3
 
 
-def test_decoding_inputs_equal_training_inputs():
-    model = tiny()
-    document = documents()[0]
-    rows = lay_out([[document]], model.vocabulary, LayoutConfig())
-    x_LW = model.embed(rows)[0]
-    boi = int((rows.ids_BL[0] == model.vocabulary.boi).nonzero())
-    text = model.embed_tokens(rows.ids_BL[0, :boi])
-    torch.testing.assert_close(text, x_LW[:boi])
-    torch.testing.assert_close(model.embed_tokens(torch.tensor(model.vocabulary.boi), 1, len(SQUARE)), x_LW[boi])
-    codes = model.code_embedding(rows.input_code_N)
-    feature = (codes[rows.tap_index_MT] * rows.tap_weight_MT[..., None]).sum(1)
-    second = model.embed_image(feature[:4], 2, len(SQUARE))
-    torch.testing.assert_close(second, x_LW[boi + 1 : boi + 5])
+def test_last_scales_own_codes_have_a_mark_of_their_own():
+    """`feed_last_scale` marks them as scale K + 1, also where K is all that `max_scales` allows."""
+    model = tiny(max_scales=len(SQUARE))
+    rows = lay_out([[documents()[0]]], model.vocabulary, LayoutConfig(feed_last_scale=True))
+    hidden_BLW = model(rows)
+    assert int(rows.scale_BL.max()) == len(SQUARE) + 1
+    totals = TokenMetrics(len(SQUARE), torch.device("cpu"))
+    totals.add(rows, model.cross_entropy(hidden_BLW, rows.target_BL))
+    assert int(totals.table_3R[2].sum()) == int(rows.num_targets)

@@ -49,12 +49,9 @@ def test_round_trip(theirs, style, head):
     assert len(back) == sum("visual" not in key for key in theirs)
     for key in ("boundary_embedding.weight", "code_embedding.weight", "connector.0.weight", "scale_embedding.weight"):
         assert torch.equal(model.state_dict()[key], before[key])
-    after = model.head.weight
-    old = (
-        before["head.weight"]
-        if head == "single"
-        else torch.cat((before["head.text.weight"], before["head.code.weight"]))
-    )
+    names = ("head.weight",) if head == "single" else ("head.text.weight", "head.code.weight")
+    after = torch.cat([model.state_dict()[name] for name in names])
+    old = torch.cat([before[name] for name in names])
     assert torch.equal(after[30:], old[30:]) and not torch.equal(after[:30], old[:30])
     assert all(
         torch.equal(a, b) for a, b in zip(from_qwen2_5_vl(back, before, config).values(), model.state_dict().values())

@@ -1,0 +1,57 @@
+"""last.ckpt is the end of the run, saved behind its validation."""
+
+import lightning as L
+import pytest
+import torch
+
+from nextflow.callbacks.last_checkpoint import LastCheckpoint
+
+
+class Module(L.LightningModule):
+    def __init__(self, stop_in_validation_at: int | None = None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.stop_at, self.validated = stop_in_validation_at, []
+
+    def training_step(self, batch, index):
+        return self.weight * 1.0
+
+    def validation_step(self, batch, index):
+        if self.global_step == self.stop_at:
+            raise RuntimeError("the power went out")
+        self.validated.append(self.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def fit(module, folder, max_steps, ckpt_path=None):
+    trainer = L.Trainer(
+        max_steps=max_steps, max_epochs=-1, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        callbacks=[LastCheckpoint(str(folder), every_n_train_steps=2)], logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    data = torch.utils.data.DataLoader(range(100), batch_size=None)
+    trainer.fit(module, data, data if module.stop_at is not None or ckpt_path else None, ckpt_path=ckpt_path)
+
+
+def step_of(folder) -> int:
+    return torch.load(folder / "last.ckpt", weights_only=False)["global_step"]
+
+
+@pytest.mark.parametrize("max_steps", [5, 6])
+def test_ends_with_the_last_step(tmp_path, max_steps):
+    module = Module()
+    fit(module, tmp_path, max_steps)
+    assert step_of(tmp_path) == max_steps
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]["weight"]
+    assert float(saved) == float(module.weight) == -max_steps
+
+
+def test_a_run_interrupted_in_its_last_validation_validates_when_resumed(tmp_path):
+    with pytest.raises(RuntimeError, match="power"):
+        fit(Module(stop_in_validation_at=6), tmp_path, 6)
+    assert step_of(tmp_path) == 4
+    resumed = Module()
+    fit(resumed, tmp_path, 6, ckpt_path=tmp_path / "last.ckpt")
+    assert 6 in resumed.validated and step_of(tmp_path) == 6
