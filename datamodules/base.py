@@ -231,8 +231,9 @@ class ShardDataModule(L.LightningDataModule):
                 )
         # Lightning looks for a resumable loader; here the DataModule itself goes on at the same sample.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-        self._at.clear()
-        self._at.update(state_dict["ranks"][rank])
+        # In place: a loader that was built already holds on to these.
+        for source, place in state_dict["ranks"][rank].items():
+            self._at.setdefault(source, {}).update(place)
 
 
 class _TrainingData(IterableDataset):

@@ -8,6 +8,7 @@ used is reported by its line number and left out. The result appears at `output`
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def write_documents(config: DocumentsConfig) -> dict:
         if not found:
             raise FileNotFoundError(f"{name}: there is no {path}")
     settings = {**asdict(config), "output": None, "sha256": hashlib.sha256(captions.read_bytes()).hexdigest()}
+    settings["pictures"] = _state_of(Path(config.images))
     finished = output / "report.json"
     if finished.is_file() and json.loads(finished.read_text())["settings"] == settings:
         return json.loads(finished.read_text())
@@ -165,6 +167,12 @@ def _check(skipped: list[dict[str, Any]], num_rows: int, config: DocumentsConfig
 
 def _first(skipped: list[dict[str, Any]]) -> str:
     return "the first: " + "; ".join(f"line {row['line']}: {row['reason']}" for row in skipped[:5])
+
+
+def _state_of(folder: Path) -> str:
+    """Changes when a file of the folder does."""
+    files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 def _reason(error: Exception) -> str:

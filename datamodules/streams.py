@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from PIL.Image import DecompressionBombError
 
 from nextflow.sequence.shards import Shard, open_shard
 
 log = logging.getLogger(__name__)
 
-BROKEN = (ValueError, KeyError, OSError, SyntaxError)
-"""What reading a broken sample raises (PIL reports a broken PNG as a SyntaxError)."""
+BROKEN = (ValueError, KeyError, OSError, SyntaxError, DecompressionBombError)
+"""What reading a broken sample raises (PIL reports a broken PNG as a SyntaxError, and one of absurd size as a bomb)."""
 # A fraction means little over fewer samples than this.
 MIN_SAMPLES_OF_FRACTION = 100
 

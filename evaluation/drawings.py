@@ -53,7 +53,7 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 def _read_shard(path: Path, split: str) -> list[Drawing]:
     records: dict[str, dict] = {}
-    pictures: dict[str, bytes] = {}
+    pictures: dict[tuple[str, str | None], bytes] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, _, name = member.name.partition(".")
@@ -62,10 +62,12 @@ def _read_shard(path: Path, split: str) -> list[Drawing]:
             content = tar.extractfile(member).read()  # type: ignore[union-attr]  # a file, as just checked
             if name == "json":
                 records[key] = json.loads(content)
-            elif name == "0.png":
-                pictures[key] = content
-    return [
-        Drawing(key, split, caption_of(record), read_picture(io.BytesIO(pictures[key])))  # type: ignore[arg-type]
-        for key, record in records.items()
-        if key in pictures
-    ]
+            else:
+                pictures[key, name] = content
+    drawings = []
+    for key, record in records.items():
+        first = next((segment["image"] for segment in record["segments"] if "image" in segment), None)
+        if (key, first) in pictures:
+            pixels_HWC = read_picture(io.BytesIO(pictures[key, first]))  # type: ignore[arg-type]
+            drawings.append(Drawing(key, split, caption_of(record), pixels_HWC))
+    return drawings

@@ -48,6 +48,9 @@ class ContrastiveConfig:
     """Entries of the square table of position embeddings, which is resized to each grid."""
     max_text_length: int = 32
     """Text positions; longer captions are cut."""
+    initial_bias: float = -10.0
+    """Start of the logits' bias. SigLIP's -10 suits its batches of 32,768; at a small batch B about -log(B): far below, only
+    the positive pairs have a gradient at first, which pulls all features together and costs a hundred steps or more."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
@@ -116,9 +119,8 @@ class ContrastiveModule(L.LightningModule):
         self.optimizer, self.warmup_steps, self.total_steps, self.output = optimizer, warmup_steps, total_steps, output
         if pretrained is None:
             siglip = Siglip2Model(_siglip_config(model, self.text_tokenizer.size))
-            # SigLIP's start: temperature 10, and a bias that makes the many negative pairs easy at first
-            nn.init.constant_(siglip.logit_scale, math.log(10.0))
-            nn.init.constant_(siglip.logit_bias, -10.0)
+            nn.init.constant_(siglip.logit_scale, math.log(10.0))  # SigLIP's start
+            nn.init.constant_(siglip.logit_bias, model.initial_bias)
         else:
             siglip = Siglip2Model.from_pretrained(pretrained, dtype=torch.float32, local_files_only=True)
             vocabulary = siglip.text_model.config.vocab_size

@@ -46,8 +46,6 @@ class ImageLayout(NamedTuple):
     """int64, into the image's codes; row 0 (`<boi>`) is not an image input."""
     tap_weight_PT: np.ndarray
     """float32"""
-    start_S: tuple[int, ...]
-    """First position of each block, then the number of positions: block k (from 0) is start_S[k] to start_S[k+1]."""
 
 
 @lru_cache(maxsize=2048)
@@ -61,7 +59,6 @@ def image_layout(grids: tuple[Grid, ...], config: LayoutConfig) -> ImageLayout:
     weight = [weights[:1]]
     tap_index = [np.zeros((1, num_taps), dtype=np.int64)]
     tap_weight = [np.zeros((1, num_taps), dtype=np.float32)]
-    starts = [0, 1]
     sources = list(pairwise(grids))
     if config.feed_last_scale:
         sources.append((grids[-1], grids[-1]))
@@ -75,7 +72,6 @@ def image_layout(grids: tuple[Grid, ...], config: LayoutConfig) -> ImageLayout:
         weight.append(np.full(num_cells, weights[index] if index < len(grids) else 0.0, dtype=np.float32))
         tap_index.append(gather.index_PT + source_start)
         tap_weight.append(gather.weight_PT)
-        starts.append(starts[-1] + num_cells)
     return ImageLayout(
         block_P=np.concatenate(block),
         spatial_2P=np.concatenate(spatial, axis=1),
@@ -83,7 +79,6 @@ def image_layout(grids: tuple[Grid, ...], config: LayoutConfig) -> ImageLayout:
         weight_P=np.concatenate(weight),
         tap_index_PT=np.concatenate(tap_index),
         tap_weight_PT=np.concatenate(tap_weight),
-        start_S=tuple(starts),
     )
 
 

@@ -296,7 +296,10 @@ def _read_header(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str | os.P
     file = tar.extractfile(member) if member.name == HEADER_NAME else None
     if file is None:
         raise ValueError(f"{path}: the first member is {member.name}, but a shard begins with {HEADER_NAME}")
-    return ShardHeader(**json.load(file))
+    try:
+        return ShardHeader(**json.load(file))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {HEADER_NAME} is no shard header: {error}") from error
 
 
 def _json_bytes(record: Mapping[str, Any]) -> bytes:

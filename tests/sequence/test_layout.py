@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
-from nextflow.sequence.image_layout import LayoutConfig, image_layout, scale_weights
+from nextflow.sequence.image_layout import LayoutConfig, scale_weights
 from nextflow.sequence.layout import IGNORE, PADDING, lay_out
 from nextflow.sequence.packing import document_length, pack_fixed_length, pack_padded
 from nextflow.sequence.scales import ScaleSchedule, num_codes_of
@@ -134,7 +134,6 @@ def test_feed_last_scale_appends_a_block_without_targets() -> None:
     weights_MT = rows.tap_weight_MT[-9:]
     fed = torch.where(weights_MT > 0, last_MT, -1).amax(-1)
     assert fed.tolist() == list(range(5, 14))  # its own codes, unresized
-    assert image_layout(GRIDS, config).start_S == (0, 1, 5, 14, 23)
 
 
 def test_wrong_number_of_codes_is_named() -> None:
