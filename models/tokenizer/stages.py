@@ -38,15 +38,11 @@ def start_decoder(tokenizer: Tokenizer, joint_stage: Tokenizer) -> None:
     """
     _check(tokenizer, joint_stage, _FREE | {"decoder_capacity"})
     grows = tokenizer.config.decoder_capacity > joint_stage.config.decoder_capacity
-    state = {
-        key: value
-        for key, value in joint_stage.state_dict().items()
-        if not (grows and key.startswith("pixel_decoder."))
-    }
-    report = tokenizer.load_state_dict(state, strict=False)
-    left_out = [key for key in report.missing_keys if not (grows and key.startswith("pixel_decoder."))]
-    if left_out or report.unexpected_keys:
-        raise ValueError(f"init_from: weights do not fit: missing {left_out}, unexpected {report.unexpected_keys}")
+    state = joint_stage.state_dict()
+    if grows:  # the larger decoder has keys of its own, which grow_decoder fills
+        state = {key: value for key, value in state.items() if not key.startswith("pixel_decoder.")}
+        state |= {key: value for key, value in tokenizer.state_dict().items() if key.startswith("pixel_decoder.")}
+    tokenizer.load_state_dict(state)
     if grows:
         grow_decoder(joint_stage.pixel_decoder, tokenizer.pixel_decoder)
 
