@@ -142,21 +142,17 @@ class PretrainingModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse data that was laid out for another vocabulary, schedule or layout; alpha is the data's own."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        ours = {
-            "text_tokenizer": lambda: self.text_tokenizer.fingerprint(),
-            "schedule": lambda: self.schedule,
-            "codebook_size": lambda: self.config.codebook_size,
-            "layout": lambda: replace(self.layout, alpha=0.0),
-        }
-        theirs = {
-            "text_tokenizer": lambda: data.text_tokenizer.fingerprint(),
-            "schedule": lambda: data.schedule,
-            "codebook_size": lambda: data.codebook_size,
-            "layout": lambda: replace(data.layout, alpha=0.0),
-        }
-        for name, value in ours.items():
-            if hasattr(data, name) and theirs[name]() != value():
-                raise ValueError(f"data.{name} and the model's differ: {theirs[name]()} and {value()}")
+        plain = {"text_tokenizer": lambda value: value.fingerprint(), "layout": lambda value: replace(value, alpha=0.0)}
+        for name, ours in (
+            ("text_tokenizer", self.text_tokenizer),
+            ("schedule", self.schedule),
+            ("codebook_size", self.config.codebook_size),
+            ("layout", self.layout),
+        ):
+            compared = plain.get(name, lambda value: value)
+            theirs, ours = compared(getattr(data, name, ours)), compared(ours)
+            if theirs != ours:
+                raise ValueError(f"data.{name} and the model's differ: {theirs} and {ours}")
 
     def on_predict_start(self) -> None:
         """The tokenizer is no submodule, so Lightning does not move it."""

@@ -13,7 +13,7 @@ and without a discriminator.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from nextflow.lightning_modules.code_batch import CodeBatch
 from nextflow.lightning_modules.optim import default_adam, warmup_cosine
 from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
 from nextflow.models.tokenizer.discriminator import DiscriminatorConfig, PatchDiscriminator
@@ -39,31 +40,7 @@ from nextflow.models.tokenizer.quantizer import Correction
 from nextflow.models.tokenizer.semantic import SemanticTower, load_tower, read_semantic_config
 from nextflow.models.tokenizer.stages import start_decoder, start_joint
 from nextflow.models.tokenizer.usage import CodebookUsage
-from nextflow.sequence.scales import Grid, ScaleSchedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeBatch:
-    """The codes of a batch of images, as `predict` returns them."""
-
-    keys: list[str]
-    """Key of each image's document."""
-    names: list[str]
-    """The image's file in its document, such as "0.png"."""
-    records: list[dict[str, Any]]
-    """Each image's document record (its KEY.json)."""
-    codes_BN: Tensor
-    """int64 on the CPU: target codes, flat, coarse to fine."""
-    input_codes_BN: Tensor | None
-    """int64 on the CPU: the codes to feed, where self-correction is on."""
-    grids: tuple[Grid, ...]
-    level: int
-    aspect_ratio: float
-    split: str
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> CodeBatch:
-        """The batch itself: codes are on the CPU already, which is where Lightning moves predictions."""
-        return self
+from nextflow.sequence.scales import ScaleSchedule
 
 
 class TokenizerModule(L.LightningModule):
