@@ -15,12 +15,24 @@ class LastCheckpoint(ModelCheckpoint):
     The last step itself is saved once its validation is over, so that a run interrupted there validates when it is resumed.
 
     Args:
-        dirpath: folder of the checkpoint.
+        dirpath: folder of the checkpoint; the logger's own if not given.
         every_n_train_steps: optimiser steps between two checkpoints.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: int = 100) -> None:
+    def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 100) -> None:
         super().__init__(dirpath=dirpath, save_top_k=0, save_last=True, every_n_train_steps=every_n_train_steps)
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        self._settle_folder(trainer)  # Lightning asks for `--ckpt_path last` before it sets callbacks up
+        return super()._find_last_checkpoints(trainer)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._settle_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def _settle_folder(self, trainer: L.Trainer) -> None:
+        if self.dirpath is None:
+            self.dirpath = trainer.log_dir or trainer.default_root_dir
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

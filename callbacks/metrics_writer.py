@@ -13,12 +13,13 @@ import lightning as L
 class MetricsWriter(L.Callback):
     """Writes what was logged last at the end of fit; validate and test add theirs to the file."""
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str | None = None) -> None:
         """
         Args:
-            output: the JSON file; its folder is made. Fit replaces the file, validate and test update it.
+            output: the JSON file, metrics.json in the logger's folder if not given. Fit replaces it, validate and test
+                update it.
         """
-        self.output = Path(output)
+        self.output = None if output is None else Path(output)
         self._started = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -33,20 +34,25 @@ class MetricsWriter(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the metrics of `validate`; validation inside of fit is written at its end."""
         if trainer.state.fn == "validate":
-            self._write(trainer, self._existing(), {})
+            self._write(trainer, self._existing(trainer), {})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the metrics of `test`."""
-        self._write(trainer, self._existing(), {})
+        self._write(trainer, self._existing(trainer), {})
 
-    def _existing(self) -> dict[str, float]:
-        return json.loads(self.output.read_text()) if self.output.is_file() else {}
+    def _path(self, trainer: L.Trainer) -> Path:
+        return self.output or Path(trainer.log_dir or trainer.default_root_dir) / "metrics.json"
+
+    def _existing(self, trainer: L.Trainer) -> dict[str, float]:
+        path = self._path(trainer)
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def _write(self, trainer: L.Trainer, existing: dict[str, float], extra: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
+        output = self._path(trainer)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.output.with_name(f".{self.output.name}.partial")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.partial")
         partial.write_text(json.dumps({**existing, **metrics, **extra}, indent=1, sort_keys=True) + "\n")
-        os.replace(partial, self.output)
+        os.replace(partial, output)

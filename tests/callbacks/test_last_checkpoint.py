@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from nextflow.callbacks.last_checkpoint import LastCheckpoint
 
@@ -25,10 +26,11 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def fit(module, folder, max_steps, ckpt_path=None):
+def fit(module, folder, max_steps, ckpt_path=None, logger=False):
+    dirpath = None if logger else str(folder)
     trainer = L.Trainer(
         max_steps=max_steps, max_epochs=-1, val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=0,
-        callbacks=[LastCheckpoint(str(folder), every_n_train_steps=2)], logger=False, accelerator="cpu",
+        callbacks=[LastCheckpoint(dirpath, every_n_train_steps=2)], logger=logger, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = torch.utils.data.DataLoader(range(100), batch_size=None)
@@ -55,3 +57,12 @@ def test_a_run_interrupted_in_its_last_validation_validates_when_resumed(tmp_pat
     resumed = Module()
     fit(resumed, tmp_path, 6, ckpt_path=tmp_path / "last.ckpt")
     assert 6 in resumed.validated and step_of(tmp_path) == 6
+
+
+def test_without_a_folder_it_is_the_loggers_and_last_finds_it(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version="")
+    fit(Module(), None, 4, logger=logger)
+    assert step_of(tmp_path / "run") == 4
+    resumed = Module()
+    fit(resumed, None, 6, ckpt_path="last", logger=logger)
+    assert float(resumed.weight) == -6 and step_of(tmp_path / "run") == 6

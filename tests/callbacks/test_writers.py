@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -142,11 +143,12 @@ class Fitted(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_metrics_of_fit_are_one_json_file_that_validate_updates(tmp_path):
-    output = tmp_path / "run/metrics.json"
+@pytest.mark.parametrize("given", [True, False])
+def test_metrics_of_fit_are_one_json_file_that_validate_updates(tmp_path, given):
+    output = tmp_path / ("run/metrics.json" if given else "metrics.json")
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-        enable_checkpointing=False, callbacks=[MetricsWriter(str(output))], default_root_dir=tmp_path,
+        enable_checkpointing=False, callbacks=[MetricsWriter(str(output) if given else None)], default_root_dir=tmp_path,
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(Batches(), batch_size=None)
     module = Fitted()
