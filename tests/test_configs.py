@@ -22,21 +22,18 @@ def no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["main.py"])
 
 
-def kind_of(path: Path) -> str:
-    """`run` (a whole command), `module` (a quickstart stage with its own parser) or `part` (joined to others by -c)."""
-    if path.parent.name == "quickstart" and path.name in STAGE_OF and STAGE_OF[path.name].kind == "module":
-        return "module"
-    content = yaml.safe_load(path.read_text())
-    return "run" if {"model", "data"} <= set(content) else "part"
+def command_of(path: Path) -> list[str]:
+    """The words of the command in the lab note, `#   python main.py fit -c ...`: a comment that can be tried out.
+
+    A config that is joined to others names them in its command; a part without a command of its own has none.
+    """
+    lines = [line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#   python ")]
+    return lines[0].split()[1:] if lines else []
 
 
-def subcommand_of(path: Path) -> str:
-    """The subcommand in the first comment (`python main.py fit -c ...`): a config is a lab note."""
-    stage = STAGE_OF.get(path.name) if path.parent.name == "quickstart" else None
-    if stage is not None:
-        return stage.kind
-    words = path.read_text().split("main.py ", 1)
-    return words[1].split()[0] if len(words) == 2 else "fit"
+def is_run(path: Path) -> bool:
+    """Whether the command line reads it, and not a parser of its own (`python -m MODULE`)."""
+    return command_of(path)[:1] == ["main.py"]
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -54,20 +51,30 @@ def test_config_opens_with_its_lab_note(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
-RUNS = [path for path in CONFIGS if kind_of(path) == "run"]
+@pytest.mark.parametrize("path", CONFIGS, ids=names(CONFIGS))
+def test_lab_note_has_the_command_that_reads_the_config(path: Path) -> None:
+    assert str(path.relative_to(ROOT)) in command_of(path)
+
+
+RUNS = [path for path in CONFIGS if is_run(path)]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=names(RUNS))
-def test_config_is_accepted_by_the_command_line(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_is_accepted_by_the_command_line(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of the lab note, but for printing its config instead of running."""
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stop:
-        main([subcommand_of(path), "-c", str(path), "--print_config"])
+        main([*command_of(path)[1:], "--print_config"])
     output = capsys.readouterr()
     assert stop.value.code == 0, output.err
     printed = yaml.safe_load(output.out)
     # Nothing was dropped: what the file says is what the run gets.
     written = yaml.safe_load(path.read_text())
-    assert printed["model"]["class_path"] == written["model"]["class_path"]
-    assert printed["data"]["class_path"] == written["data"]["class_path"]
+    for part in ("model", "data"):
+        if "class_path" in written.get(part, {}):
+            assert printed[part]["class_path"] == written[part]["class_path"]
 
 
 FEWEST = {
