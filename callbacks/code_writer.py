@@ -1,18 +1,23 @@
 """Writes the codes that a `TokenizerModule` predicts as token shards: `<output>/<level>/<split>/000000.tar`, ...
 
+Of several processes each writes its own documents beside those of the others, as `000000-rank0of2.tar` and so on, so that
+`<output>/<level>/<split>/*.tar` is the whole data set however many made it.
+
 A second run with the same tokenizer, schedule, correction and data (names, sizes and times of its shards) finds
 `<output>/_complete.json` and does nothing. A run that was cut off leaves no such file and is done again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -25,8 +30,8 @@ class CodeWriter(BasePredictionWriter):
     """Collects the images of each document and writes the document once all of them have codes.
 
     Needs a module with `tokenizer` (`schedule`, `fingerprint()`) whose predictions have the fields of `CodeBatch`:
-    keys, names, records, codes_BN, input_codes_BN, level, aspect_ratio, split. Several processes write to
-    `<output>/<level>/<split>/rank_0/` and so on.
+    keys, names, records, codes_BN, input_codes_BN, grids, level, aspect_ratio, split. Fed codes (`input_codes_BN`, of
+    self-correction) are stored beside the target codes.
 
     Args:
         output: folder to write to.
@@ -83,7 +88,13 @@ class CodeWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        base_grid = pl_module.tokenizer.schedule.base_grid(prediction.aspect_ratio)
+        schedule = pl_module.tokenizer.schedule
+        if prediction.grids != schedule.grids(prediction.level, prediction.aspect_ratio):
+            raise ValueError(
+                f"a token shard holds images of the schedule's levels and ratios, but {prediction.keys[0]} has the last grid "
+                f"{prediction.grids[-1]}: set data.resolution to buckets"
+            )
+        base_grid = schedule.base_grid(prediction.aspect_ratio)
         for row, (key, name, record) in enumerate(zip(prediction.keys, prediction.names, prediction.records)):
             fed = None if prediction.input_codes_BN is None else prediction.input_codes_BN[row].numpy()
             codes = Codes(prediction.codes_BN[row].numpy(), fed, prediction.level, base_grid)
@@ -98,9 +109,12 @@ class CodeWriter(BasePredictionWriter):
             return
         for writer in self._writers.values():
             writer.close()
-            rank_zero_info(
-                f"wrote codes of {writer.num_samples} documents to {writer.folder} ({len(writer.paths)} shards)"
-            )
+        counts = _sum_of_ranks({name: writer.num_samples for name, writer in self._writers.items()})
+        for level, split in counts:
+            folder = self.output / str(level) / split
+            if (level, split) not in self._writers:  # this process got none of it now, but may have had some last time
+                _remove_old_shards(trainer, folder)
+            rank_zero_info(f"wrote codes of {counts[level, split]} documents to {folder}")
         if self._waiting:
             rank_zero_info(f"left out {len(self._waiting)} documents of which not all images could be read")
         trainer.strategy.barrier()
@@ -111,23 +125,45 @@ class CodeWriter(BasePredictionWriter):
     def _writer(self, trainer: L.Trainer, level: int, split: str) -> ShardWriter:
         if (level, split) not in self._writers:
             folder = self.output / str(level) / split
-            if trainer.world_size > 1:
-                folder = folder / f"rank_{trainer.global_rank}"
-            for old in folder.glob("[0-9]*.tar"):  # of an earlier run: with more shards than this one, some would stay
-                old.unlink()
+            _remove_old_shards(trainer, folder)
             self._writers[level, split] = ShardWriter(
-                folder, header=self._header, samples_per_shard=self.samples_per_shard
+                folder,
+                header=self._header,
+                samples_per_shard=self.samples_per_shard,
+                suffix=_suffix(trainer.global_rank, trainer.world_size),
             )
         return self._writers[level, split]
 
 
+def _suffix(rank: int, num_ranks: int) -> str:
+    return f"-rank{rank}of{num_ranks}" if num_ranks > 1 else ""
+
+
+def _remove_old_shards(trainer: L.Trainer, folder: Path) -> None:
+    """Removes what earlier runs left, but no shard that another process of this run may just have written: that is its own."""
+    others = {_suffix(rank, trainer.world_size) for rank in range(trainer.world_size) if rank != trainer.global_rank}
+    for path in folder.glob("[0-9]*.tar"):
+        if path.stem[len("000000") :] not in others:
+            path.unlink(missing_ok=True)
+
+
+def _sum_of_ranks(counts: dict[tuple[int, str], int]) -> Counter[tuple[int, str]]:
+    parts: list[Any] = [counts]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, counts)
+    return sum(map(Counter, parts), Counter())
+
+
 def _data_of(datamodule: Any) -> dict[str, Any] | None:
-    """What a DataModule with `shards` (split -> glob pattern) would read; None, never taken for equal, for other data."""
-    if datamodule is None or not hasattr(datamodule, "shards"):
+    """What a DataModule with `shards` and `source_files` would read; None, never taken for equal, for other data."""
+    if datamodule is None or not hasattr(datamodule, "source_files"):
         return None
-    files = [Path(path) for pattern in datamodule.shards.values() for path in sorted(glob(pattern, recursive=True))]
+    files = [path for split in datamodule.shards for path in datamodule.source_files(split)]
+    states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return {
         "levels": list(getattr(datamodule, "levels", [])),
         "splits": getattr(datamodule, "predict_splits", None) or list(datamodule.shards),
-        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "files": len(files),
+        "state": hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16],
     }

@@ -90,8 +90,8 @@ class ImageWriter(_PictureFolder):
 class ReconstructionWriter(_PictureFolder):
     """Writes what the tokenizer makes of its own codes as OUTPUT/00000.png ..., OUTPUT/samples.jsonl and OUTPUT/grid.png.
 
-    For `predict` of a TokenizerModule. samples.jsonl has one line per picture: file, prompt (its caption), key, level,
-    aspect_ratio. Pictures are numbered as they come, so on several ranks they interleave.
+    For `predict` of a TokenizerModule. Padding is cut off. samples.jsonl has one line per picture: file, prompt (its caption),
+    key, level, aspect_ratio. Pictures are numbered as they come, so on several ranks they interleave.
     """
 
     def write_on_batch_end(
@@ -108,6 +108,9 @@ class ReconstructionWriter(_PictureFolder):
         tokenizer: Any = pl_module.tokenizer
         with torch.no_grad():
             image_BCHW = tokenizer.decode(prediction.codes_BN.to(pl_module.device), prediction.grids)
+        if prediction.valid_size is not None:
+            height, width = prediction.valid_size
+            image_BCHW = image_BCHW[:, :, :height, :width]
         pixels_BHWC = ((image_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         for key, document, pixels_HWC in zip(prediction.keys, prediction.records, pixels_BHWC.cpu().numpy()):
             index = len(self._records) * trainer.world_size + trainer.global_rank

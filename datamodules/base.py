@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +64,9 @@ class Recipe(Protocol):
 
 class ShardDataModule(L.LightningDataModule):
     """A DataModule over tar shards. Subclasses say with a `Recipe` how samples become batches."""
+
+    sources = "shards"
+    """The argument that names the data, for messages."""
 
     def __init__(
         self,
@@ -162,8 +166,12 @@ class ShardDataModule(L.LightningDataModule):
             ValueError: `shards` has no such split.
         """
         if split not in self.shards:
-            raise ValueError(f"data.shards has no split {split!r}; it has {sorted(self.shards)}")
+            raise ValueError(f"data.{self.sources} has no split {split!r}; it has {sorted(self.shards)}")
         return self.shards[split]
+
+    def source_files(self, split: str) -> list[Path]:
+        """The files that a split is read from: with equal names, sizes and times two runs read the same."""
+        return sorted(Path(path) for path in glob(self.pattern(split), recursive=True))
 
     def paths(self, split: str, pattern: str) -> list[Path]:
         """The shards of a pattern; the header of each is checked against this run when it is opened."""
@@ -213,11 +221,13 @@ class ShardDataModule(L.LightningDataModule):
         return {"num_workers": max(1, self.num_workers), "seed": self.seed, "ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint stood.
+        """Goes on where a checkpoint stood. Evaluation and `predict` begin at the beginning, on any number of processes.
 
         Raises:
             ValueError: another number of processes or loader workers, or another seed.
         """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
         rank, num_ranks = self.rank
         for name, saved, now in (
             ("trainer.devices x trainer.num_nodes", len(state_dict["ranks"]), num_ranks),

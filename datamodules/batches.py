@@ -31,7 +31,7 @@ class StreamState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageBatch:
-    """Images of one level and one aspect ratio, with their captions."""
+    """Images of one size, with their captions: those of one level and bucket of aspect ratio, or of equal native size."""
 
     images_BCHW: Tensor
     """uint8 [B, 3, H, W]."""
@@ -44,11 +44,14 @@ class ImageBatch:
     records: list[dict[str, Any]]
     """KEY.json of each sample."""
     level: int
+    """The level of the bucket; of images of native size the nearest in area."""
     aspect_ratio: float
-    """Height / width of the bucket's base grid."""
+    """Height / width of the bucket's base grid, or of the native size."""
     grids: tuple[Grid, ...]
     """Grids of all scales of these images."""
     split: str = "train"
+    valid_size: tuple[int, int] | None = None
+    """Height and width of the pictures in the upper left corner where the rest is padding; None where there is none."""
     state: StreamState | None = None
 
     @property

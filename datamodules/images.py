@@ -81,7 +81,7 @@ class ImageDataModule(ShardDataModule):
         self.min_crop_scale = min_crop_scale
         self.cache = ImageCache(cache_megabytes)
 
-    def training_recipe(self, stage: Stage | None) -> tuple["_ImageRecipe", str, int]:
+    def training_recipe(self, stage: Stage | None) -> tuple[Recipe, str, int]:
         pattern = self.pattern("train")
         paths = self.paths("train", pattern)
         levels = self.levels if stage is None else [stage.level]
@@ -127,17 +127,63 @@ def caption_of(record: dict[str, Any]) -> str:
     return " ".join(segment["text"] for segment in record["segments"] if "text" in segment)
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
+    """What the images of a batch have in common."""
+
     level: int
-    base_grid: Grid
+    aspect_ratio: float
+    grids: tuple[Grid, ...]
+    valid_size: tuple[int, int] | None = None
 
 
-class _Image(NamedTuple):
-    bucket: _Bucket
+class LoadedImage(NamedTuple):
+    """An image as it goes into a batch."""
+
+    bucket: Bucket
     pixels_CHW: torch.Tensor
     sample: Sample
     name: str
     record: dict[str, Any]
+
+
+class Buckets:
+    """Collects images until the batch of one bucket is full."""
+
+    def __init__(self, batch_size: int, split: str):
+        self.batch_size = batch_size
+        self.split = split
+        self._buckets: dict[Bucket, list[Read[LoadedImage]]] = {}
+
+    def add(self, read: Read[LoadedImage]) -> ImageBatch | None:
+        bucket = self._buckets.setdefault(read.item.bucket, [])
+        bucket.append(read)
+        if len(bucket) < self.batch_size:
+            return None
+        return self._batch(self._buckets.pop(read.item.bucket))
+
+    def pending(self) -> list[Read[LoadedImage]]:
+        return [read for bucket in self._buckets.values() for read in bucket]
+
+    def flush(self) -> list[ImageBatch]:
+        batches = [self._batch(bucket) for bucket in self._buckets.values()]
+        self._buckets.clear()
+        return batches
+
+    def _batch(self, reads: list[Read[LoadedImage]]) -> ImageBatch:
+        items = [read.item for read in reads]
+        bucket = items[0].bucket
+        return ImageBatch(
+            images_BCHW=torch.stack([item.pixels_CHW for item in items]),
+            captions=[caption_of(item.record) for item in items],
+            keys=[item.sample.key for item in items],
+            names=[item.name for item in items],
+            records=[item.record for item in items],
+            level=bucket.level,
+            aspect_ratio=bucket.aspect_ratio,
+            grids=bucket.grids,
+            split=self.split,
+            valid_size=bucket.valid_size,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +198,14 @@ class _ImageRecipe:
     min_crop_scale: float = 1.0
     records: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
-    def read(self, sample: Sample) -> _Image:
+    def read(self, sample: Sample) -> LoadedImage:
         record = self._record(sample)
         names = image_names(record)
         if len(names) != 1:
             raise ValueError(f"has {len(names)} images; this DataModule takes documents with one")
         image = self.cache.read(sample, names[0])
         base_grid = self.schedule.base_grid(image.height / image.width)
+        ratio = base_grid[0] / base_grid[1]
         augment = self.horizontal_flip or self.min_crop_scale < 1 or len(self.levels) > 1
         if not augment:
             level, box, flip = self.levels[0], None, False
@@ -166,14 +213,15 @@ class _ImageRecipe:
             draw = sample.random(self.seed)
             level = draw.choice(self.levels)
             scale = draw.uniform(self.min_crop_scale, 1.0)
-            pixels = self._pixels(level, base_grid)
+            pixels = self.schedule.pixels(level, ratio)
             box = crop_box(image, pixels, scale, draw.random(), draw.random()) if scale < 1 else None
             flip = self.horizontal_flip and draw.random() < 0.5
-        pixels_CHW = fit_image(image, self._pixels(level, base_grid), box)
-        return _Image(_Bucket(level, base_grid), pixels_CHW.flip(2) if flip else pixels_CHW, sample, names[0], record)
+        pixels_CHW = fit_image(image, self.schedule.pixels(level, ratio), box)
+        bucket = Bucket(level, ratio, self.schedule.grids(level, ratio))
+        return LoadedImage(bucket, pixels_CHW.flip(2) if flip else pixels_CHW, sample, names[0], record)
 
-    def assembler(self) -> "_Buckets":
-        return _Buckets(self)
+    def assembler(self) -> Buckets:
+        return Buckets(self.batch_size, self.split)
 
     def _record(self, sample: Sample) -> dict[str, Any]:
         key = (str(sample.shard.path), sample.key)
@@ -183,45 +231,3 @@ class _ImageRecipe:
             if len(self.records) < 100_000:
                 self.records[key] = record
         return record
-
-    def _pixels(self, level: int, base_grid: Grid) -> tuple[int, int]:
-        return self.schedule.pixels(level, base_grid[0] / base_grid[1])
-
-
-class _Buckets:
-    """Collects images until the batch of one bucket is full."""
-
-    def __init__(self, recipe: _ImageRecipe):
-        self.recipe = recipe
-        self._buckets: dict[_Bucket, list[Read[_Image]]] = {}
-
-    def add(self, read: Read[_Image]) -> ImageBatch | None:
-        bucket = self._buckets.setdefault(read.item.bucket, [])
-        bucket.append(read)
-        if len(bucket) < self.recipe.batch_size:
-            return None
-        return self._batch(self._buckets.pop(read.item.bucket))
-
-    def pending(self) -> list[Read[_Image]]:
-        return [read for bucket in self._buckets.values() for read in bucket]
-
-    def flush(self) -> list[ImageBatch]:
-        batches = [self._batch(bucket) for bucket in self._buckets.values()]
-        self._buckets.clear()
-        return batches
-
-    def _batch(self, reads: list[Read[_Image]]) -> ImageBatch:
-        items = [read.item for read in reads]
-        level, (height, width) = items[0].bucket
-        ratio = height / width
-        return ImageBatch(
-            images_BCHW=torch.stack([item.pixels_CHW for item in items]),
-            captions=[caption_of(item.record) for item in items],
-            keys=[item.sample.key for item in items],
-            names=[item.name for item in items],
-            records=[item.record for item in items],
-            level=level,
-            aspect_ratio=ratio,
-            grids=self.recipe.schedule.grids(level, ratio),
-            split=self.recipe.split,
-        )

@@ -37,8 +37,12 @@ class ImageCache:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An image file as RGB, turned upright as its EXIF tag says; what is transparent becomes white."""
+    """An image file as RGB, turned upright as its EXIF tag says; what is transparent becomes white, 16 bits become 8."""
     image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I"):  # Pillow itself would cut values above 255 off
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("holds floats, whose range is not known; convert it to 8 or 16 bits")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -88,8 +88,14 @@ def find_shards(pattern: str, key: str, how: str) -> list[Path]:
 class ShardFolder:
     """Opens shards and keeps the latest open."""
 
-    def __init__(self, max_open: int = 64):
+    def __init__(self, max_open: int = 64, opener: Callable[[Path], Shard] = open_shard):
+        """
+        Args:
+            max_open: how many stay open.
+            opener: opens one.
+        """
         self.max_open = max_open
+        self.opener = opener
         self.check: Callable[..., None] | None = None
         """Called with the header of each shard that is opened, and its path as `where`; raises where it does not fit."""
         self._shards: OrderedDict[Path, Shard] = OrderedDict()
@@ -97,7 +103,7 @@ class ShardFolder:
     def __call__(self, path: Path) -> Shard:
         shard = self._shards.get(path)
         if shard is None:
-            shard = open_shard(path)
+            shard = self.opener(path)
             if self.check is not None:
                 self.check(shard.header, where=str(path))
             self._shards[path] = shard

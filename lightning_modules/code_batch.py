@@ -29,6 +29,8 @@ class CodeBatch:
     level: int
     aspect_ratio: float
     split: str
+    valid_size: tuple[int, int] | None = None
+    """Height and width of the pictures where the rest is padding; None where there is none."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> CodeBatch:
         """The batch itself: codes are on the CPU already, which is where Lightning moves predictions."""

@@ -107,6 +107,42 @@ class ScaleSchedule:
         """
         return _grids(self.sides[: self.num_scales(level)], self.base_grid(aspect_ratio), self.base_side)
 
+    def nearest_level(self, height: int, width: int) -> int:
+        """The level whose area is nearest, in log, to that of an image of `height` x `width` pixels."""
+        return min(self.levels, key=lambda level: abs(math.log(height * width / level**2)))
+
+    def native_grids(self, height: int, width: int) -> tuple[Grid, ...]:
+        """Grids of all scales of an image of any size and ratio, coarse to fine.
+
+        The last grid is (height, width) / stride. The nearest level gives the number of scales and their sides, and the
+        earlier grids stand in proportion to the last, rounded as all grids of the schedule. An image of a bucket's size
+        has the grids of that bucket (of the nearest in ratio, where several share their last grid).
+
+        Args:
+            height, width: in pixels, multiples of the stride (`sequence.native` pads or cuts images to them).
+
+        Raises ValueError when a side is no positive multiple of the stride.
+        """
+        last = (height // self.stride, width // self.stride)
+        if min(last) < 1 or (last[0] * self.stride, last[1] * self.stride) != (height, width):
+            raise ValueError(
+                f"an image of {height} x {width} pixels has no grid: both sides must be multiples of the stride "
+                f"{self.stride}; pad or cut it first"
+            )
+        nearest = self.nearest_level(height, width)
+        for level in (nearest, *self.levels):
+            sides = self.sides[: self.levels[level]]
+            same = [base for base in self.base_grids if _grids(sides, base, self.base_side)[-1] == last]
+            if same:
+                base = min(same, key=lambda grid: abs(math.log(grid[0] / grid[1] * last[1] / last[0])))
+                return _grids(sides, base, self.base_side)
+        sides = self.sides[: self.levels[nearest]]
+        if len(sides) == 1:
+            raise ValueError(
+                f"level {nearest} has the 1x1 scale alone; an image of {height} x {width} pixels needs more"
+            )
+        return _grids(sides, last, sides[-1])
+
     def num_codes(self, level: int, aspect_ratio: float = 1.0) -> int:
         """Number of codes of an image over all scales."""
         return num_codes_of(self.grids(level, aspect_ratio))

@@ -118,7 +118,7 @@ def decode_codes(data: bytes) -> Codes:
 
 
 class ShardWriter:
-    """Writes samples into `folder/000000.tar`, `folder/000001.tar`, ...
+    """Writes samples into `folder/000000.tar`, `folder/000001.tar`, ...; a suffix such as "-rank1of2" stands before ".tar".
 
         with ShardWriter("data/train", header=ShardHeader(kind="documents")) as writer:
             writer.write("1F34E", {"segments": [...], "source": "openmoji"}, {"0.png": png_bytes})
@@ -127,10 +127,18 @@ class ShardWriter:
     was not finished.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, header: ShardHeader, samples_per_shard: int = 4096):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        header: ShardHeader,
+        samples_per_shard: int = 4096,
+        suffix: str = "",
+    ):
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be positive, not {samples_per_shard}")
         self.folder = Path(folder)
+        self.suffix = suffix
         self.header = header
         self.samples_per_shard = samples_per_shard
         self.paths: list[Path] = []
@@ -182,7 +190,7 @@ class ShardWriter:
 
     @property
     def _final_path(self) -> Path:
-        return self.folder / f"{len(self.paths):06d}.tar"
+        return self.folder / f"{len(self.paths):06d}{self.suffix}.tar"
 
     @property
     def _partial_path(self) -> Path:

@@ -2,8 +2,12 @@
 
 import os
 import random
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,3 +39,37 @@ def fresh_state() -> Iterator[None]:
 def root() -> Path:
     """The checkout."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Callable[[Path, Path], list[Any]]:
+    """`two_ranks(script, folder)` runs `python SCRIPT FOLDER` as both ranks of a run of two processes, as torchrun would.
+
+    Rank r saves what it has to say to FOLDER/r.pt; both come back.
+    """
+
+    def run(script: Path, folder: Path) -> list[Any]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(folder)],
+                env={**os.environ, **where, "OMP_NUM_THREADS": "1", "NODE_RANK": "0", "RANK": rank, "LOCAL_RANK": rank},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        try:
+            outputs = [process.communicate(timeout=600)[0] for process in processes]
+        finally:
+            for process in processes:  # one that failed leaves the other waiting
+                process.kill()
+        assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+        return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+    return run

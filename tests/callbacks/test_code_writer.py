@@ -1,15 +1,27 @@
 """Codes -> shards -> codes, documents with several images, and the second run that does nothing."""
 
+import io
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from nextflow.callbacks.code_writer import CodeWriter
+from nextflow.datamodules.images import ImageDataModule
+from nextflow.datamodules.text_to_image import TextToImageDataModule
+from nextflow.lightning_modules.tokenizer import TokenizerModule
+from nextflow.main import cli
+from nextflow.models.tokenizer.config import PixelConfig, TokenizerConfig
 from nextflow.sequence.scales import ScaleSchedule
-from nextflow.sequence.shards import decode_codes, open_shard
+from nextflow.sequence.shards import ShardHeader, ShardWriter, decode_codes, open_shard
+from nextflow.sequence.text_tokenizer import train_text_tokenizer
 
 SCHEDULE = ScaleSchedule(sides=(1, 2, 4), levels={16: 2, 32: 3}, stride=8)
 PAIR = {"segments": [{"image": "0.png"}, {"text": "red"}, {"image": "1.png"}], "source": "test"}
@@ -46,6 +58,10 @@ class _Data(L.LightningDataModule):
     def __init__(self, folder, batches):
         super().__init__()
         self.shards, self.levels, self.batches = {"train": f"{folder}/data/*.tar"}, [16], batches
+        self.folder = folder
+
+    def source_files(self, split):
+        return sorted((self.folder / "data").glob("*.tar"))
 
     def predict_dataloader(self):
         return torch.utils.data.DataLoader(self.batches, batch_size=None)
@@ -119,3 +135,122 @@ def test_a_run_that_was_cut_off_is_done_again(tmp_path):
     assert not (tmp_path / "_complete.json").exists()
     assert _predict(tmp_path, batches).predicted == 2
     assert json.loads((tmp_path / "_complete.json").read_text())["run"]["tokenizer"] == "f" * 16
+
+
+def test_codes_of_native_sizes_are_refused(tmp_path):
+    prediction = _prediction(16, "train", [("a", "0.png", SINGLE)])
+    prediction.grids = SCHEDULE.native_grids(24, 16)
+    with pytest.raises(ValueError, match=r"a has the last grid \(3, 2\): set data\.resolution to buckets"):
+        _predict(tmp_path, [prediction])
+
+
+NUM_DOCUMENTS = 7
+CONFIG = TokenizerConfig(
+    schedule=SCHEDULE,
+    codebook_size=32,
+    pixel_dim=4,
+    semantic=None,
+    pixel=PixelConfig(
+        layout="patchified", width=8, multipliers=(1, 2), num_blocks=1, stem=4, latent_width=16, groups=4
+    ),
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A command that predicts codes of seven documents with a tokenizer of one training step, as a config."""
+    random = np.random.default_rng(0)
+    with ShardWriter(tmp_path / "data", header=ShardHeader(kind="documents")) as writer:
+        for index in range(NUM_DOCUMENTS):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+            writer.write(f"d{index}", SINGLE, {"0.png": buffer.getvalue()})
+    data = {"shards": {"train": f"{tmp_path}/data/*.tar"}, "levels": [16], "batch_size": 2}
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_steps=1, enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(TokenizerModule(CONFIG, stage="pixel"), datamodule=ImageDataModule(**data, schedule=SCHEDULE))
+    trainer.save_checkpoint(tmp_path / "tokenizer.ckpt")
+    config = {
+        "ckpt_path": str(tmp_path / "tokenizer.ckpt"),
+        "trainer": {
+            **quiet,
+            "default_root_dir": str(tmp_path),
+            "callbacks": [
+                {
+                    "class_path": "nextflow.callbacks.code_writer.CodeWriter",
+                    "init_args": {"output": str(tmp_path / "codes"), "samples_per_shard": 2},
+                }
+            ],
+        },
+        "model": {
+            "class_path": "nextflow.lightning_modules.tokenizer.TokenizerModule",
+            "init_args": {
+                "stage": "pixel",
+                "tokenizer": CONFIG.to_dict(),
+                "correction": {"fraction": 0.9, "temperature": 10.0},
+            },
+        },
+        "data": {
+            "class_path": "nextflow.datamodules.images.ImageDataModule",
+            "init_args": {**data, "schedule": SCHEDULE.to_dict()},
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def _predict_with_config(run, *options):
+    return cli(["predict", "-c", str(run / "run.yaml"), *options])
+
+
+def _stored(run):
+    """Key -> codes over all shards of the documented pattern."""
+    shards = [open_shard(path) for path in sorted(run.glob("codes/16/train/*.tar"))]
+    keys = [key for shard in shards for key in shard.keys]
+    assert sorted(keys) == [f"d{index}" for index in range(NUM_DOCUMENTS)]  # each exactly once
+    return {key: decode_codes(shard.read(key, "0.npz")) for shard in shards for key in shard.keys}
+
+
+def test_two_processes_write_one_data_set(run, two_ranks):
+    folder = run / "codes" / "16" / "train"
+    folder.mkdir(parents=True)
+    for old in ("000000", "000007-rank0of2", "000007-rank1of2", "000000-rank3of4"):
+        (folder / f"{old}.tar").write_bytes(b"of an earlier run")
+    two_ranks(Path(__file__), run)
+    # d0 d2 d4 d6 went to rank 0, d1 d3 d5 to rank 1, two to a shard
+    names = ["000000-rank0of2", "000000-rank1of2", "000001-rank0of2", "000001-rank1of2"]
+    assert sorted(path.stem for path in folder.iterdir()) == names
+    assert json.loads((run / "codes/_complete.json").read_text())["run"]["processes"] == 2
+
+    by_two = _stored(run)
+    _predict_with_config(run)
+    assert sorted(path.stem for path in folder.iterdir()) == [f"{index:06d}" for index in range(4)]
+    by_one = _stored(run)
+    for key, codes in by_two.items():
+        # Draws belong to the process, but the first target is of the image alone.
+        assert codes.codes_N[0] == by_one[key].codes_N[0]
+
+
+def test_fed_codes_are_stored_beside_the_targets_and_read_back(run):
+    _predict_with_config(run)
+    stored = _stored(run)
+    assert any((codes.input_codes_N != codes.codes_N).any() for codes in stored.values())
+    train_text_tokenizer(["a cat"], run / "text_tokenizer", 258)
+    data = TextToImageDataModule(
+        shards={"train": f"{run}/codes/{{level}}/train/*.tar"},
+        text_tokenizer=str(run / "text_tokenizer"),
+        codebook_size=32,
+        schedule=SCHEDULE,
+        level=16,
+        batch_size=NUM_DOCUMENTS,
+    )
+    (batch,) = data.train_dataloader()
+    for name, field in (("code_N", 0), ("input_code_N", 1)):
+        expected = np.concatenate([stored[key][field] for key in batch.keys])
+        assert getattr(batch.rows, name).tolist() == expected.tolist()
+
+
+if __name__ == "__main__":  # one of two processes
+    folder = Path(sys.argv[1])
+    rank = _predict_with_config(folder, "--trainer.devices=2", "--trainer.strategy=ddp").trainer.global_rank
+    torch.save({}, folder / f"{rank}.pt")

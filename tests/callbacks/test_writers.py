@@ -113,6 +113,7 @@ class Coder(L.LightningModule):
         return SimpleNamespace(
             keys=[f"K{index}" for index in batch], codes_BN=batch[:, None] * 10, grids=((1, 1),), level=32, aspect_ratio=1.0,
             records=[{"segments": [{"text": f"drawing {index}"}, {"image": "0.png"}]} for index in batch],
+            valid_size=None,
         )  # fmt: skip
 
 

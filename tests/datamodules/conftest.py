@@ -22,8 +22,12 @@ NUM_SAMPLES = {"train": 22, "validation": 7}
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> SimpleNamespace:
-    """The tiny data set: .documents and .codes map splits to patterns; .text_tokenizer, .schedule, .codebook_size."""
+    """The tiny data set: .documents, .codes and .folders map splits to patterns; .text_tokenizer, .schedule, .codebook_size."""
     root = tmp_path_factory.mktemp("shapes")
+    for split, count in NUM_SAMPLES.items():
+        (root / "folders" / split).mkdir(parents=True)
+        for index in range(count):
+            (root / "folders" / split / f"{split}{index:03d}.png").write_bytes(_png(index))
     captions: list[str] = []
     for split, count in NUM_SAMPLES.items():
         records = [_record(split, index) for index in range(count)]
@@ -42,6 +46,7 @@ def shapes(tmp_path_factory) -> SimpleNamespace:
         root=root,
         documents={split: f"{root}/{split}/*.tar" for split in NUM_SAMPLES},
         codes={split: f"{root}/codes/{{level}}/{split}/*.tar" for split in NUM_SAMPLES},
+        folders={split: f"{root}/folders/{split}" for split in NUM_SAMPLES},
         text_tokenizer=str(root / "text_tokenizer"),
         schedule=SCHEDULE,
         codebook_size=CODEBOOK_SIZE,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nextflow.datamodules.batches import ImageBatch, PackedBatch
+from nextflow.datamodules.image_folder import ImageFolderDataModule
 from nextflow.datamodules.image_to_text import ImageToTextDataModule
 from nextflow.datamodules.images import ImageDataModule
 from nextflow.datamodules.text_to_image import TextToImageDataModule
@@ -27,6 +28,12 @@ def packed(shapes, kind=TextToImageDataModule, shards="codes", **options):
 def images(shapes, **options):
     return ImageDataModule(
         shards=shapes.documents, schedule=shapes.schedule, **{"levels": [32], "batch_size": 4, **options}
+    )
+
+
+def folder(shapes, **options):
+    return ImageFolderDataModule(
+        folders=shapes.folders, schedule=shapes.schedule, **{"levels": [32], "batch_size": 4, **options}
     )
 
 
@@ -125,22 +132,27 @@ def test_a_curriculum_sets_level_alpha_and_length_of_an_epoch(shapes):
     assert not torch.equal(batches[0].rows.weight_BL, plain.rows.weight_BL)
 
 
-def test_image_batches_are_buckets(shapes):
-    data = images(shapes, levels=[32, 64], batch_size=3)
+@pytest.mark.parametrize("make", [images, folder])
+def test_image_batches_are_buckets(shapes, make):
+    data = make(shapes, levels=[32, 64], batch_size=3)
     seen = set()
     for batch in data.train_dataloader():
         assert isinstance(batch, ImageBatch) and len(batch) == 3
         height, width = batch.grids[-1]
         assert batch.images.shape == (3, 3, height * 8, width * 8) and batch.images.dtype == torch.uint8
         assert batch.grids == shapes.schedule.grids(batch.level, batch.aspect_ratio)
-        assert all(caption in record["segments"][0]["text"] for caption, record in zip(batch.captions, batch.records))
+        for caption, name, record in zip(batch.captions, batch.names, batch.records):
+            assert {"image": name} in record["segments"]
+            assert caption == ("" if make is folder else record["segments"][0]["text"])
+        assert batch.valid_size is None
         seen.add((batch.level, batch.aspect_ratio))
     assert {level for level, _ in seen} == {32, 64} and {ratio for _, ratio in seen} == {0.25, 1.0}
 
 
+@pytest.mark.parametrize("make", [images, folder])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_predict_gives_each_image_once_per_split_and_level(shapes, num_workers):
-    data = images(shapes, levels=[32, 64], num_workers=num_workers)
+def test_predict_gives_each_image_once_per_split_and_level(shapes, make, num_workers):
+    data = make(shapes, levels=[32, 64], num_workers=num_workers)
     found = sorted((batch.split, batch.level, key) for batch in data.predict_dataloader() for key in batch.keys)
     assert found == sorted(
         (split, level, f"{split}{index:03d}")
@@ -150,10 +162,11 @@ def test_predict_gives_each_image_once_per_split_and_level(shapes, num_workers):
     )
 
 
-def test_augmentation_changes_pixels_but_not_from_run_to_run(shapes):
-    plain = next(iter(images(shapes).train_dataloader()))
-    first = next(iter(images(shapes, horizontal_flip=True, min_crop_scale=0.5).train_dataloader()))
-    second = next(iter(images(shapes, horizontal_flip=True, min_crop_scale=0.5).train_dataloader()))
+@pytest.mark.parametrize("make", [images, folder])
+def test_augmentation_changes_pixels_but_not_from_run_to_run(shapes, make):
+    plain = next(iter(make(shapes).train_dataloader()))
+    first = next(iter(make(shapes, horizontal_flip=True, min_crop_scale=0.5).train_dataloader()))
+    second = next(iter(make(shapes, horizontal_flip=True, min_crop_scale=0.5).train_dataloader()))
     assert plain.keys == first.keys and torch.equal(first.images, second.images)
     assert not torch.equal(plain.images, first.images)
 
@@ -201,6 +214,8 @@ def test_codes_of_another_schedule_are_refused_naming_both(shapes):
         (lambda shapes: packed(shapes, packing="fixed_length"), "data.max_length"),
         (lambda shapes: packed(shapes, batch_size=0), "data.batch_size"),
         (lambda shapes: images(shapes, min_crop_scale=0.0), "data.min_crop_scale"),
+        (lambda shapes: folder(shapes, max_pixels=60), "data.max_pixels"),
+        (lambda shapes: folder(shapes, test_splits=["nowhere"]).test_dataloader(), "data.folders has no split"),
         (lambda shapes: packed(shapes, test_splits=["nowhere"]).test_dataloader(), "no split 'nowhere'"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nextflow.datamodules.image_folder import ImageFolderDataModule
 from nextflow.datamodules.images import ImageDataModule
 from nextflow.datamodules.text_to_image import TextToImageDataModule
 
@@ -44,6 +45,19 @@ def make_images(shapes, **options):
         shards=shapes.documents,
         schedule=shapes.schedule,
         levels=[32, 64],
+        batch_size=3,
+        horizontal_flip=True,
+        min_crop_scale=0.7,
+        validation_splits=[],
+        batches_per_epoch=5,
+        **options,
+    )
+
+
+def make_folder(shapes, **options):
+    return ImageFolderDataModule(
+        folders=shapes.folders,
+        schedule=shapes.schedule,
         batch_size=3,
         horizontal_flip=True,
         min_crop_scale=0.7,
@@ -113,6 +127,8 @@ def train(data, folder, max_steps, save_at=None, checkpoint=None):
     [
         (make_images, 0),
         (make_images, 2),
+        (make_folder, 0),
+        (make_folder, 2),
         (make_packed, 0),
         (make_fixed_length, 0),
         (make_fixed_length, 2),
@@ -152,3 +168,16 @@ def test_resume_with_another_world_size_is_refused(shapes):
     saved["ranks"] = [{}, {}]
     with pytest.raises(ValueError, match=r"trainer\.devices.* = 2, this run has 1"):
         make_packed(shapes).load_state_dict(saved)
+
+
+def test_evaluation_begins_at_the_beginning_with_any_settings(shapes, tmp_path):
+    class Evaluated(Recorder):
+        def predict_step(self, batch, batch_index):
+            self.seen += batch.keys
+
+    train(make_images(shapes), tmp_path, 4, save_at=3)
+    module = Evaluated()
+    data = make_images(shapes, num_workers=1, seed=5, predict_splits=["validation"])
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.predict(module, data, ckpt_path=tmp_path / "step=3.ckpt", return_predictions=False, weights_only=False)
+    assert sorted(set(module.seen)) == [f"validation{index:03d}" for index in range(7)]

@@ -90,3 +90,46 @@ def test_round_trip_and_fingerprint() -> None:
     again = ScaleSchedule.from_dict(schedule.to_dict())
     assert again == schedule
     assert again.fingerprint() == schedule.fingerprint() != ScaleSchedule.nextflow().fingerprint()
+
+
+OPENMOJI = ScaleSchedule(sides=tuple(range(1, 9)), levels={32: 4, 64: 8}, stride=8)
+
+
+@pytest.mark.parametrize("schedule", [ScaleSchedule.nextflow(), OPENMOJI], ids=["nextflow", "openmoji"])
+def test_a_buckets_size_has_the_grids_of_the_bucket(schedule: ScaleSchedule) -> None:
+    for level in schedule.levels:
+        buckets: dict[tuple[int, int], list] = {}
+        for height, width in schedule.base_grids:
+            grids = schedule.grids(level, height / width)
+            buckets.setdefault(schedule.pixels(level, height / width), []).append(grids)
+        for size, candidates in buckets.items():  # at small levels several base grids share their last grid
+            assert schedule.native_grids(*size) in candidates
+            assert schedule.nearest_level(*size) == level
+            assert len(candidates) == 1 or schedule is OPENMOJI
+
+
+@pytest.mark.parametrize("schedule", [ScaleSchedule.nextflow(), OPENMOJI], ids=["nextflow", "openmoji"])
+def test_grids_of_any_size_grow_to_the_images_own(schedule: ScaleSchedule) -> None:
+    stride = schedule.stride
+    for height, width in [(1, 1), (1, 9), (40, 3), (7, 7), (33, 21), (48, 31), (64, 65), (200, 150)]:
+        grids = schedule.native_grids(height * stride, width * stride)
+        assert len(grids) == schedule.num_scales(schedule.nearest_level(height * stride, width * stride))
+        assert grids[0] == (1, 1) and grids[-1] == (height, width)
+        for axis in (0, 1):
+            sides = [grid[axis] for grid in grids]
+            assert sides == sorted(sides) and sides[0] >= 1
+
+
+def test_grids_of_any_size_by_the_rule() -> None:
+    # 30 x 50 cells: 1,500 of them, nearest to the 32 x 32 of level 512. Scale k: half to even of 30 * s / 32, 50 * s / 32.
+    grids = ScaleSchedule.nextflow().native_grids(480, 800)
+    sides = SIDES[1:16]
+    expected = [(1, 1)] + [(_half_to_even(30 * side, 32), _half_to_even(50 * side, 32)) for side in sides]
+    assert grids == tuple(expected)
+    assert grids[1:4] == ((2, 3), (3, 5), (4, 6))  # 30 * 4 / 32 = 3.75, 50 * 4 / 32 = 6.25
+
+
+@pytest.mark.parametrize("size", [(250, 256), (256, 8), (0, 16), (256, 257)])
+def test_a_size_beside_the_stride_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiples of the stride 16"):
+        ScaleSchedule.nextflow().native_grids(*size)
