@@ -7,57 +7,66 @@
 Steps: `trainer.global_step` counts optimiser steps, and Lightning would count the discriminator's too, so that
 `max_steps` would end a run after half the batches. Here only the generator's steps are counted (the discriminator's
 optimiser is stepped outside of Lightning's wrapper): `global_step`, `max_steps` and all schedules count batches, with
-and without a discriminator.
+and without a discriminator. `trainer.accumulate_grad_batches` (refused with a discriminator) makes one step of several
+batches.
+
+Frozen parts are frozen in every way: no gradient, evaluation mode whatever `train()` says, and no place in an optimiser.
+Teacher and perceptual network are not even submodules (`Objective`).
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torch import Tensor
 
+from nextflow.evaluation.inception import load_inception
+from nextflow.evaluation.reconstruction import ReconstructionEvaluation, ReconstructionMetrics, evaluate
 from nextflow.lightning_modules.code_batch import CodeBatch
 from nextflow.lightning_modules.optim import default_adam, warmup_cosine
-from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
+from nextflow.lightning_modules.sharding import clip_gradients, from_rank_0, keep_whole, optimizer_groups
+from nextflow.lightning_modules.tokenizer_checkpoint import load_tokenizer
+from nextflow.models.tokenizer.adaptive_weight import AdaptiveWeight
+from nextflow.models.tokenizer.config import TokenizerConfig
 from nextflow.models.tokenizer.discriminator import DiscriminatorConfig, PatchDiscriminator
 from nextflow.models.tokenizer.losses import (
     LossWeights,
+    Objective,
     PerceptualLoss,
     hinge_discriminator_loss,
     hinge_generator_loss,
-    semantic_loss,
 )
-from nextflow.models.tokenizer.model import Tokenizer, TokenizerOutput
+from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.tokenizer.quantizer import Correction
-from nextflow.models.tokenizer.semantic import SemanticTower, load_tower, read_semantic_config
-from nextflow.models.tokenizer.stages import start_decoder, start_joint
+from nextflow.models.tokenizer.semantic import read_tower
+from nextflow.models.tokenizer.stages import Stage, frozen_parts, stage_config, start_stage
 from nextflow.models.tokenizer.usage import CodebookUsage
-from nextflow.sequence.scales import ScaleSchedule
 
 
 class TokenizerModule(L.LightningModule):
     """One training stage of the tokenizer; predicting yields codes.
 
-    Callbacks may set `scale_keep`: for each scale whether the training step uses it (scale dropout), or None for all.
+    Callbacks may set `scale_keep`: for each scale whether the training step uses it (scale dropout), or None for all;
+    and `shard`: `callable(module, whole=parameters)`, applied once to the tokenizer (FSDP2).
 
     Args:
         tokenizer: architecture. The semantic branch is left out in the pixel stage and takes its tower's sizes from
-            `semantic_encoder`.
+            `semantic_encoder`, where that folder exists.
         stage: `pixel`, `joint` or `decoder`.
         init_from: checkpoint of the stage before (required by `decoder`; `joint` may start from nothing).
         semantic_encoder: folder of a Hugging Face Siglip2Model; required by `joint` while `losses.semantic` is above 0.
+        semantic_encoder_trainable: whether `joint` trains the tower of that folder; its projection trains either way. A
+            frozen tower is its own teacher.
         losses: weight of each loss term.
         perceptual_weights: file with torchvision's VGG16 weights, required while `losses.perceptual` is above 0.
         discriminator: size of the patch discriminator, built while `losses.adversarial` is above 0.
-        discriminator_start: batch from which discriminator and adversarial loss run.
+        discriminator_start: step from which discriminator and adversarial loss run.
         generator_optimizer: optimiser of everything but the discriminator.
         discriminator_optimizer: optimiser of the discriminator.
         warmup_steps: batches over which the learning rate rises; after them it falls to 0 as a cosine.
@@ -67,14 +76,16 @@ class TokenizerModule(L.LightningModule):
             `trainer.gradient_clip_val`.
         correction: self-correction of predicted codes (token shards then hold fed and target codes); null is off.
         correction_seed: the draws of self-correction are a function of this seed and the batch.
+        evaluation: what `test` measures.
     """
 
     def __init__(
         self,
         tokenizer: TokenizerConfig,
-        stage: Literal["pixel", "joint", "decoder"] = "joint",
+        stage: Stage = "joint",
         init_from: str | None = None,
         semantic_encoder: str | None = None,
+        semantic_encoder_trainable: bool = True,
         losses: LossWeights = LossWeights(),  # noqa: B008 (frozen)
         perceptual_weights: str | None = None,
         discriminator: DiscriminatorConfig = DiscriminatorConfig(),  # noqa: B008 (frozen)
@@ -86,80 +97,102 @@ class TokenizerModule(L.LightningModule):
         gradient_clip: float = 1.0,
         correction: Correction | None = None,
         correction_seed: int = 0,
+        evaluation: ReconstructionEvaluation = ReconstructionEvaluation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        has_teacher = stage == "joint" and losses.semantic > 0 and tokenizer.semantic is not None
-        if has_teacher and semantic_encoder is None:
+        self.losses = losses.for_stage(stage)
+        if tokenizer.semantic is None:
+            self.losses = replace(self.losses, semantic=0.0)
+        if self.losses.semantic and semantic_encoder is None:
             raise ValueError("stage joint needs `semantic_encoder`, the folder of a Siglip2Model, or losses.semantic 0")
+        if self.losses.perceptual and perceptual_weights is None:
+            raise ValueError(
+                "losses.perceptual needs `perceptual_weights`, the file vgg16-397923af.pth of torchvision; 0 turns it off"
+            )
         self.save_hyperparameters(ignore=["generator_optimizer", "discriminator_optimizer"])
-        self.stage, self.init_from, self.semantic_encoder = stage, init_from, semantic_encoder
-        self.losses, self.discriminator_start = losses, discriminator_start
+        self.stage, self.init_from = stage, init_from
+        self.semantic_encoder, self.semantic_encoder_trainable = semantic_encoder, semantic_encoder_trainable
+        self.perceptual_weights, self.discriminator_start = perceptual_weights, discriminator_start
         self.generator_optimizer, self.discriminator_optimizer = generator_optimizer, discriminator_optimizer
         self.warmup_steps, self.total_steps, self.gradient_clip = warmup_steps, total_steps, gradient_clip
         self.correction, self.correction_seed = correction, correction_seed
         self.scale_keep: tuple[bool, ...] | None = None
+        self.shard: Any = None
+        self._spread = False
 
-        self.tokenizer = Tokenizer(_stage_config(tokenizer, stage, semantic_encoder))
-        config = self.tokenizer.config
-        self.teacher: SemanticTower | None = None
-        if has_teacher and config.semantic is not None:
-            self.teacher = SemanticTower(config.semantic, config.schedule.stride).requires_grad_(False)
-        self.perceptual = PerceptualLoss(perceptual_weights) if losses.perceptual else None
+        config = stage_config(tokenizer, stage, semantic_encoder)
+        self.tokenizer = Tokenizer(config)
         self.discriminator: Any = PatchDiscriminator(discriminator) if losses.adversarial else None
-        self.automatic_optimization = self.discriminator is None
-        if stage == "decoder":
-            self.tokenizer.requires_grad_(False)
-            self.tokenizer.pixel_decoder.requires_grad_(True)
-        elif config.semantic is not None and not losses.semantic:  # nothing reads it, and DDP waits for its gradients
-            self.tokenizer.semantic_decoder.requires_grad_(False)
+        self.objective = Objective(self.losses)
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
 
-        levels = [str(level) for level in config.schedule.levels]
-        self.psnr: Any = nn.ModuleDict({level: PeakSignalNoiseRatio((0.0, 1.0), dim=(1, 2, 3)) for level in levels})
-        self.ssim: Any = nn.ModuleDict({level: StructuralSimilarityIndexMeasure(data_range=1.0) for level in levels})
-        self.usage = CodebookUsage(max(config.schedule.levels.values()), config.codebook_size)
+        self.evaluation = evaluation
+        usage = CodebookUsage(max(tokenizer.schedule.levels.values()), tokenizer.codebook_size)
+        self.metrics = ReconstructionMetrics(usage, tokenizer.codebook_size)
 
     def setup(self, stage: str) -> None:
         """Start from the stage before, unless a checkpoint is about to be restored."""
-        if stage != "fit" or self.trainer.ckpt_path is not None:
+        wanted = self.evaluation if stage == "test" else ReconstructionEvaluation()
+        lpips_weights, key = wanted.lpips_weights, "model.evaluation.lpips_weights"
+        self.metrics.lpips = None if lpips_weights is None else PerceptualLoss(lpips_weights, key)
+        self.metrics.inception = load_inception(wanted.inception_weights) if wanted.rfid else None
+        if stage != "fit":
             return
-        if self.discriminator is not None and str(self.trainer.precision).startswith("16"):
-            raise ValueError(
-                "trainer.precision 16 needs a gradient scaler, which a run with a discriminator bypasses; use bf16-mixed"
-            )
-        if self.stage == "decoder" and self.init_from is None:
-            raise ValueError("stage decoder needs `init_from`, the checkpoint of the joint stage")
-        if self.stage != "decoder" and self.semantic_encoder is not None and self.tokenizer.config.semantic is not None:
-            load_tower(self.tokenizer.semantic_encoder.tower, self.semantic_encoder)
-            if self.teacher is not None:
-                self.teacher.load_state_dict(self.tokenizer.semantic_encoder.tower.state_dict())
-        if self.init_from is not None:
-            start = {"pixel": _start_same, "joint": start_joint, "decoder": start_decoder}[self.stage]
-            start(self.tokenizer, load_tokenizer(self.init_from, key="init_from"))
+        self._check_trainer()
+        self.automatic_optimization = self.discriminator is None
+        perceptual = PerceptualLoss(str(self.perceptual_weights)) if self.losses.perceptual else None
+        has_teacher = self.losses.semantic and self.semantic_encoder_trainable
+        teacher = read_tower(str(self.semantic_encoder), self.tokenizer.config) if has_teacher else None
+        self.objective = Objective(self.losses, perceptual, teacher)
+        if self.trainer.ckpt_path is None:
+            source = None if self.init_from is None else load_tokenizer(self.init_from, key="init_from")
+            start_stage(self.tokenizer, self.stage, source, self.semantic_encoder)
+
+    def configure_model(self) -> None:
+        """Spreads the module over processes: what FSDP2 shards, and what stays whole under FSDP2 or DDP. Idempotent."""
+        if self._spread or self._trainer is None:
+            return
+        self._spread, whole = True, [] if self.discriminator is None else ["discriminator"]
+        if self.shard is not None:
+            self.shard(self.tokenizer, whole=self.tokenizer.quantizer.parameters())
+            whole.append("tokenizer.quantizer")
+        keep_whole(self, whole)
+
+    def on_fit_start(self) -> None:
+        self.objective.to(self.device)
+        from_rank_0(self)
 
     def train(self, mode: bool = True) -> TokenizerModule:
-        """Frozen parts stay in evaluation mode: in the decoder stage everything but the pixel decoder."""
+        """Frozen parts stay in evaluation mode."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        if self.perceptual is not None:
-            self.perceptual.eval()
-        if self.stage == "decoder":
-            self.tokenizer.eval()
-            self.tokenizer.pixel_decoder.train(mode)
+        for part in self.frozen_parts():
+            part.eval()
         return self
 
+    def frozen_parts(self) -> list[torch.nn.Module]:
+        """The parts of the tokenizer that this run does not train."""
+        return frozen_parts(
+            self.tokenizer,
+            self.stage,
+            encoder_trains=self.semantic_encoder_trainable,
+            semantic_loss=self.losses.semantic > 0,
+        )
+
     def configure_optimizers(self) -> Any:
-        generator = self.generator_optimizer([p for p in self.tokenizer.parameters() if p.requires_grad])
-        if self.discriminator is None:
-            return generator
-        return [generator, self.discriminator_optimizer(self.discriminator.parameters())]
+        trained = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
+        optimizers = [self.generator_optimizer(optimizer_groups(trained))]
+        if self.discriminator is not None:
+            optimizers.append(self.discriminator_optimizer(self.discriminator.parameters()))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["initial_lr"] = group["lr"]  # now: a distributed checkpoint restores what it finds, nothing more
+        return optimizers
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         # not through Lightning, which refuses fused optimisers: they matter on the CPU
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+        clip_gradients((p for group in optimizer.param_groups for p in group["params"]), self.gradient_clip)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The learning rate is a pure function of the batches seen."""
@@ -169,20 +202,28 @@ class TokenizerModule(L.LightningModule):
         factor = warmup_cosine(self.global_step, warmup_steps=self.warmup_steps, total_steps=int(total))
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+                group["lr"] = group["initial_lr"] * factor
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        images_BCHW = to_signed(batch.images)
-        output = self.tokenizer(images_BCHW, batch.grids, self.scale_keep)
-        terms = self._terms(images_BCHW, output)
+        images_BCHW, losses = to_signed(batch.images), self.losses
+        with AdaptiveWeight(self.tokenizer.pixel_decoder) as adaptive_weight:
+            output = self.tokenizer(
+                images_BCHW,
+                batch.grids,
+                self.scale_keep,
+                entropy=losses.entropy > 0,
+                decode_semantic=losses.semantic > 0,
+            )
+        terms = self.objective.terms(images_BCHW, output)
+        loss = self.objective.total(terms)
         adversarial = self.discriminator is not None and self.global_step >= self.discriminator_start
         if adversarial:
             self.discriminator.requires_grad_(False)
             terms["adversarial"] = hinge_generator_loss(self.discriminator(output.images_BCHW))
-        loss = sum(getattr(self.losses, name) * term for name, term in terms.items())
+            loss = loss + self._adversarial_weight(terms, output.images_BCHW, adaptive_weight) * terms["adversarial"]
         if self.discriminator is not None:
             optimizers: Any = self.optimizers()
-            self._update(optimizers[0], loss)
+            self._update(optimizers[0], partial(self.manual_backward, loss))
             if adversarial:
                 terms["discriminator"] = self._discriminator_step(images_BCHW, output.images_BCHW.detach())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images_BCHW))
@@ -192,27 +233,24 @@ class TokenizerModule(L.LightningModule):
         return loss if self.automatic_optimization else None
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """PSNR and SSIM of reconstructions from codes, in [0, 1], and the codes in use."""
-        encoding = self.tokenizer.encode(to_signed(batch.images), batch.grids)
-        decoded_BCHW = self.tokenizer.decode(encoding.target_codes_BN, batch.grids).float()
-        decoded_BCHW, images_BCHW = decoded_BCHW.clamp(-1, 1) * 0.5 + 0.5, batch.images.float() / 255
-        self.psnr[str(batch.level)].update(decoded_BCHW, images_BCHW)
-        self.ssim[str(batch.level)].update(decoded_BCHW, images_BCHW)
-        self.usage.update(encoding.target_codes_BN, batch.grids)
+        evaluate(self.tokenizer, batch, self.metrics)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.validation_step(batch, batch_idx, dataloader_idx)
+    def on_test_start(self) -> None:
+        self._check_trained()
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Returns `Reconstructions`, for callbacks."""
+        return evaluate(self.tokenizer, batch, self.metrics, self.evaluation.per_scale)
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> CodeBatch:
         """Codes of a batch of images. Raises ValueError for a tokenizer that was never trained."""
-        if not bool(self.tokenizer.quantizer.health.pixel_ready):
-            raise ValueError("this tokenizer has no trained weights: give --ckpt_path")
+        self._check_trained()
         generator = None
         if self.correction is not None:
             generator = torch.Generator(self.device)
@@ -228,109 +266,67 @@ class TokenizerModule(L.LightningModule):
             level=batch.level,
             aspect_ratio=batch.aspect_ratio,
             split=batch.split,
+            valid_size=getattr(batch, "valid_size", None),
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Outside of fit, what only trains (teacher, discriminator, perceptual loss) may be absent from this config."""
-        if self._trainer is not None and self.trainer.state.fn != "fit":
-            ours, stored = self.state_dict(), checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in stored.items() if k.startswith("tokenizer.") or k in ours}
+        """What this config does without (a discriminator, outside of fit) may be in the file; the tokenizer must fit."""
+        ours, stored = self.state_dict(), checkpoint.get("state_dict", {})  # FSDP2's strategy has already taken it out
+        checkpoint["state_dict"] = {k: v for k, v in stored.items() if k.startswith("tokenizer.") or k in ours}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokenizer_config"] = self.tokenizer.config.to_dict()
 
-    def _terms(self, images_BCHW: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
-        """The unweighted loss terms that are on, by their name in `LossWeights`."""
-        terms: dict[str, Tensor] = {}
-        reconstruction_BCHW = output.images_BCHW.float()
-        if self.losses.mse:
-            terms["mse"] = F.mse_loss(reconstruction_BCHW, images_BCHW)
-        if self.losses.l1:
-            terms["l1"] = F.l1_loss(reconstruction_BCHW, images_BCHW)
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction_BCHW, images_BCHW)
-        if self.stage != "decoder" and self.losses.quantizer:
-            terms["quantizer"] = output.quantizer.codebook_loss + output.quantizer.commitment_loss
-        if self.stage != "decoder" and self.losses.residual:
-            terms["residual"] = output.quantizer.residual_loss
-        if self.teacher is not None and output.semantic_BND is not None:
-            with torch.no_grad():
-                teacher_BND = self.teacher(images_BCHW)
-            terms["semantic"] = semantic_loss(output.semantic_BND, teacher_BND)
-        return terms
+    def _check_trained(self) -> None:
+        if not bool(self.tokenizer.quantizer.health.pixel_ready):
+            raise ValueError("this tokenizer has no trained weights: give --ckpt_path")
+
+    def _check_trainer(self) -> None:
+        """Refuses options that Lightning would ignore here, or refuse without naming what to set instead."""
+        if self.trainer.gradient_clip_val is not None:
+            raise ValueError("trainer.gradient_clip_val does not reach the tokenizer: set model.gradient_clip instead")
+        if self.discriminator is None:
+            return
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches must be 1 with a discriminator (losses.adversarial above 0): "
+                "raise data.batch_size or the number of devices instead"
+            )
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                "trainer.precision 16 needs a gradient scaler, which a run with a discriminator bypasses; use bf16-mixed"
+            )
+
+    def _adversarial_weight(
+        self, terms: dict[str, Tensor], reconstruction_BCHW: Tensor, adaptive_weight: AdaptiveWeight
+    ) -> Tensor | float:
+        if not self.losses.adaptive_adversarial:
+            return self.losses.adversarial
+        pixels = self.objective.total(terms, pixels_only=True)
+        weight = self.losses.adversarial * adaptive_weight(pixels, terms["adversarial"], reconstruction_BCHW)
+        self.log("train/adversarial_weight", weight, batch_size=len(reconstruction_BCHW))
+        return weight
 
     def _discriminator_step(self, images_BCHW: Tensor, reconstruction_BCHW: Tensor) -> Tensor:
         self.discriminator.requires_grad_(True)
         loss = hinge_discriminator_loss(self.discriminator(images_BCHW), self.discriminator(reconstruction_BCHW))
         optimizers: Any = self.optimizers(use_pl_optimizer=False)  # outside the wrapper: not counted in global_step
-        self._update(optimizers[1], loss)
+        # not `manual_backward`, after which DDP would wait for gradients of the tokenizer
+        self._update(optimizers[1], loss.backward)
         return loss
 
-    def _update(self, optimizer: Any, loss: Tensor) -> None:
+    def _update(self, optimizer: Any, backward: Callable[[], None]) -> None:
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        backward()
         self.configure_gradient_clipping(optimizer)
         optimizer.step()
 
     def _log_metrics(self, prefix: str) -> None:
-        for name, metrics in (("psnr", self.psnr), ("ssim", self.ssim)):
-            values = {level: metric.compute() for level, metric in metrics.items() if metric.update_called}
-            for level, value in values.items():
-                self.log(f"{prefix}/{name}/{level}", value, sync_dist=False)
-            if values:
-                self.log(f"{prefix}/{name}", torch.stack(list(values.values())).mean(), prog_bar=True)
-            for metric in metrics.values():
-                metric.reset()
-        usage = self.usage.compute()
-        self.log("tokenizer/usage", usage.share, prog_bar=True)
-        self.log("tokenizer/perplexity", usage.perplexity)
-        for scale, (share, perplexity) in enumerate(zip(usage.share_S, usage.perplexity_S), start=1):
-            self.log(f"tokenizer/usage/scale_{scale:02d}", share)
-            self.log(f"tokenizer/perplexity/scale_{scale:02d}", perplexity)
-        self.usage.reset()
-
-
-def load_tokenizer(checkpoint_path: str | Path, key: str = "tokenizer") -> Tokenizer:
-    """The tokenizer of a `TokenizerModule` checkpoint, frozen and in evaluation mode.
-
-    Args:
-        checkpoint_path: a checkpoint that Lightning saved, on any stage.
-        key: the configuration key to name in errors.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is not a checkpoint of a `TokenizerModule`.
-    """
-    if not Path(checkpoint_path).is_file():
-        raise FileNotFoundError(f"{key}: {checkpoint_path} does not exist; give the checkpoint of a TokenizerModule")
-    checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-    if "tokenizer_config" not in checkpoint:
-        raise ValueError(f"{key}: {checkpoint_path} is not the checkpoint of a TokenizerModule")
-    tokenizer = Tokenizer(TokenizerConfig.from_dict(checkpoint["tokenizer_config"]))
-    prefix = "tokenizer."
-    state = {name[len(prefix) :]: value for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    tokenizer.load_state_dict(state)
-    return tokenizer.requires_grad_(False).eval()
-
-
-# Hyper-parameters given as objects are pickled as these classes; safe loading lets in nothing else but tensors and plain types.
-torch.serialization.add_safe_globals(
-    [TokenizerConfig, SemanticConfig, PixelConfig, ScaleSchedule, LossWeights, DiscriminatorConfig, Correction]
-)
+        for name, value in self.metrics.compute(self.device).logged(prefix).items():
+            self.log(name, value, prog_bar=name in (f"{prefix}/psnr", "tokenizer/usage"))
+        self.metrics.reset()
 
 
 def to_signed(images_BCHW: Tensor) -> Tensor:
     """uint8 images -> floats in [-1, 1]."""
     return images_BCHW.float() / 127.5 - 1.0
-
-
-def _stage_config(config: TokenizerConfig, stage: str, semantic_encoder: str | None) -> TokenizerConfig:
-    if stage == "pixel":
-        return replace(config, semantic=None)
-    if config.semantic is not None and semantic_encoder is not None:
-        return replace(config, semantic=read_semantic_config(semantic_encoder, config.semantic, config.schedule.stride))
-    return config
-
-
-def _start_same(tokenizer: Tokenizer, source: Tokenizer) -> None:
-    tokenizer.load_state_dict(copy.deepcopy(source.state_dict()))

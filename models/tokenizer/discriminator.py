@@ -38,4 +38,5 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.layers(images_BCHW)
+        # sharded parts of the tokenizer may compute in bfloat16; this network keeps its parameters whole, in float32
+        return self.layers(images_BCHW.float())

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nextflow.models.tokenizer.config import TokenizerConfig
+from nextflow.models.tokenizer.config import TRAINING_ONLY, TokenizerConfig
 from nextflow.models.tokenizer.pixel import PixelDecoder, PixelEncoder
 from nextflow.models.tokenizer.quantizer import Correction, DualCodebookQuantizer, Encoding, QuantizerOutput
 from nextflow.models.tokenizer.semantic import SemanticDecoder, SemanticEncoder
@@ -30,8 +30,15 @@ class TokenizerOutput(NamedTuple):
     images_BCHW: Tensor
     """Reconstruction, about [-1, 1], not clamped."""
     semantic_BND: Tensor | None
-    """Decoded semantic features, to be compared with the teacher's; None without a semantic branch."""
+    """Decoded semantic features, to be compared with the teacher's; None where they were not asked for."""
     quantizer: QuantizerOutput
+    tower_BND: Tensor | None = None
+    """Features of the semantic encoder's tower, before their projection; None without a semantic branch."""
+
+
+class _Features(NamedTuple):
+    code_BChw: Tensor
+    tower_BND: Tensor | None
 
 
 class Tokenizer(nn.Module):
@@ -57,6 +64,9 @@ class Tokenizer(nn.Module):
             revive_interval=config.revive_interval,
             revive_below=config.revive_below,
             usage_decay=config.usage_decay,
+            codebook_update=config.codebook_update,
+            ema_decay=config.ema_decay,
+            entropy_temperature=config.entropy_temperature,
         )
 
     @property
@@ -70,13 +80,29 @@ class Tokenizer(nn.Module):
         return self.quantizer.code_dim
 
     def forward(
-        self, images_BCHW: Tensor, grids: Sequence[Grid], keep: Sequence[bool] | None = None
+        self,
+        images_BCHW: Tensor,
+        grids: Sequence[Grid],
+        keep: Sequence[bool] | None = None,
+        entropy: bool = False,
+        *,
+        decode_semantic: bool = True,
     ) -> TokenizerOutput:
-        """Encode, quantise and decode images in [-1, 1]; `keep` drops scales (`DualCodebookQuantizer.forward`)."""
-        quantized = self.quantizer(self.features(images_BCHW, grids), grids, keep)
+        """Encode, quantise and decode images in [-1, 1].
+
+        Args:
+            images_BCHW: [B, 3, H, W], the size that `grids` asks for.
+            grids: grids of all scales.
+            keep: drops scales (`DualCodebookQuantizer.forward`).
+            entropy: whether to compute the quantiser's entropy loss.
+            decode_semantic: whether to run the semantic decoder, which only a semantic loss needs.
+        """
+        features = self._features(images_BCHW, grids)
+        quantized = self.quantizer(features.code_BChw, grids, keep, entropy)
         semantic_BShw, pixel_BPhw = quantized.quantized.split(self.config.code_dims, dim=1)
-        semantic_BND = None if self.config.semantic is None else self.semantic_decoder(semantic_BShw)
-        return TokenizerOutput(self.pixel_decoder(pixel_BPhw), semantic_BND, quantized)
+        decode_semantic = decode_semantic and self.config.semantic is not None
+        semantic_BND = self.semantic_decoder(semantic_BShw) if decode_semantic else None
+        return TokenizerOutput(self.pixel_decoder(pixel_BPhw), semantic_BND, quantized, features.tower_BND)
 
     @torch.no_grad()
     def encode(
@@ -103,6 +129,9 @@ class Tokenizer(nn.Module):
 
         Raises ValueError when the images' size is not the last grid times the stride.
         """
+        return self._features(images_BCHW, grids).code_BChw
+
+    def _features(self, images_BCHW: Tensor, grids: Sequence[Grid]) -> _Features:
         stride, (height, width) = self.schedule.stride, grids[-1]
         if tuple(images_BCHW.shape[-2:]) != (height * stride, width * stride):
             raise ValueError(
@@ -111,8 +140,10 @@ class Tokenizer(nn.Module):
             )
         pixel_BPhw = self.pixel_encoder(images_BCHW)
         if self.config.semantic is None:
-            return pixel_BPhw
-        return torch.cat([self.semantic_encoder(images_BCHW).to(pixel_BPhw.dtype), pixel_BPhw], dim=1)
+            return _Features(pixel_BPhw, None)
+        semantic = self.semantic_encoder(images_BCHW)
+        code_BChw = torch.cat([semantic.code_BSHW.to(pixel_BPhw.dtype), pixel_BPhw], dim=1)
+        return _Features(code_BChw, semantic.tower_BND)
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over everything that decides an image's codes: encoders, codebooks, and their configuration.
@@ -120,13 +151,13 @@ class Tokenizer(nn.Module):
         Decoders are left out: codes stay valid while the pixel decoder is fine-tuned.
         """
         config = self.config.to_dict()
-        for key in ("decoder_capacity", "beta", "revive_interval", "revive_below", "usage_decay"):
+        for key in ("decoder_capacity", *TRAINING_ONLY):
             config.pop(key)
         if config["semantic"] is not None:
             config["semantic"] = {k: v for k, v in config["semantic"].items() if not k.startswith("decoder_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
-            if not name.startswith(("pixel_decoder.", "semantic_decoder.", "quantizer.health.")):
+            if not name.startswith(("pixel_decoder.", "semantic_decoder.", "quantizer.health.", "quantizer.average.")):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -1,28 +1,94 @@
-"""What one training stage hands to the next (NextFlow section 3.1: pixel -> joint -> decoder)."""
+"""The three training stages (NextFlow section 3.1: pixel -> joint -> decoder): what each builds, trains, and starts from."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
+import torch
+from torch import nn
+
+from nextflow.models.tokenizer.config import TRAINING_ONLY, TokenizerConfig
 from nextflow.models.tokenizer.growth import grow_decoder
 from nextflow.models.tokenizer.model import Tokenizer
+from nextflow.models.tokenizer.semantic import load_tower, read_semantic_config
 
-# Configuration that may differ between a stage and the one before: it changes no weight's shape.
-_FREE = {"semantic_weight", "pixel_weight", "beta", "revive_interval", "revive_below", "usage_decay", "schedule"}
+Stage = Literal["pixel", "joint", "decoder"]
+
+# Configuration that may differ between a stage and the one before: it changes neither the weights' shapes nor what is stored.
+_FREE = {"semantic_weight", "pixel_weight", "schedule", *TRAINING_ONLY} - {"codebook_update"}
+
+
+def stage_config(config: TokenizerConfig, stage: Stage, semantic_encoder: str | None) -> TokenizerConfig:
+    """The architecture of a stage: no semantic branch in `pixel`; else the tower's sizes are those of `semantic_encoder`.
+
+    A folder that is not there leaves the sizes of `config`: whoever needs its weights will say so.
+    """
+    if stage == "pixel":
+        return replace(config, semantic=None)
+    if config.semantic is None or semantic_encoder is None or not Path(semantic_encoder).is_dir():
+        return config
+    return replace(config, semantic=read_semantic_config(semantic_encoder, config.semantic, config.schedule.stride))
+
+
+def frozen_parts(tokenizer: Tokenizer, stage: Stage, *, encoder_trains: bool, semantic_loss: bool) -> list[nn.Module]:
+    """Modules that a stage does not train: they get no gradient and stay in evaluation mode.
+
+    Args:
+        tokenizer: the tokenizer.
+        stage: `decoder` freezes everything but the pixel decoder, the quantiser's statistics included.
+        encoder_trains: whether the tower of the semantic encoder trains in `joint`; its projection always does.
+        semantic_loss: whether anything reads the semantic decoder.
+    """
+    if stage == "decoder":
+        return [part for name, part in tokenizer.named_children() if name != "pixel_decoder"]
+    if tokenizer.config.semantic is None:
+        return []
+    parts: list[nn.Module] = [] if encoder_trains else [tokenizer.semantic_encoder.tower]
+    return parts if semantic_loss else [*parts, tokenizer.semantic_decoder]
+
+
+def start_stage(
+    tokenizer: Tokenizer, stage: Stage, source: Tokenizer | None, semantic_encoder: str | None = None
+) -> None:
+    """First weights of a stage: the tower's from its folder, then those of the stage before.
+
+    Args:
+        tokenizer: the tokenizer to fill.
+        stage: the stage that it is about to train in.
+        source: the tokenizer of the stage before; None starts from nothing, which `decoder` refuses.
+        semantic_encoder: folder of a SigLIP 2 model.
+
+    Raises ValueError or FileNotFoundError, naming the keys, where something does not fit or is missing.
+    """
+    if stage == "decoder" and source is None:
+        raise ValueError("stage decoder needs `init_from`, the checkpoint of the joint stage")
+    if stage == "joint" and tokenizer.config.semantic is not None and semantic_encoder is not None:
+        load_tower(tokenizer.semantic_encoder.tower, semantic_encoder)
+    if source is not None:
+        {"pixel": start_pixel, "joint": start_joint, "decoder": start_decoder}[stage](tokenizer, source)
+
+
+def start_pixel(tokenizer: Tokenizer, pixel_stage: Tokenizer) -> None:
+    """Everything comes from another pixel stage. Raises ValueError, naming the keys, where the two do not fit."""
+    _check(tokenizer, pixel_stage, _FREE)
+    tokenizer.load_state_dict(pixel_stage.state_dict())
 
 
 @torch.no_grad()
 def start_joint(tokenizer: Tokenizer, pixel_stage: Tokenizer) -> None:
     """Pixel encoder, decoder and codebook come from the pixel stage; semantic entries follow with the first batch.
 
+    From a stage that has a semantic branch (joint or decoder) everything comes: fine-tuning on other data.
+
     Raises ValueError, naming the keys, where the two do not fit.
     """
     if pixel_stage.config.semantic is not None:
-        raise ValueError(
-            "init_from: stage joint starts from a pixel stage, but this checkpoint has a semantic branch; "
-            "continue a joint run with --ckpt_path"
-        )
-    _check(tokenizer, pixel_stage, _FREE | {"semantic", "semantic_dim"})
+        _check(tokenizer, pixel_stage, _FREE)
+        tokenizer.load_state_dict(pixel_stage.state_dict())
+        return
+    _check(tokenizer, pixel_stage, _FREE | {"semantic", "semantic_dim", "codebook_update"})
     tokenizer.pixel_encoder.load_state_dict(pixel_stage.pixel_encoder.state_dict())
     tokenizer.pixel_decoder.load_state_dict(pixel_stage.pixel_decoder.state_dict())
     tokenizer.quantizer.pixel_codebook.copy_(pixel_stage.quantizer.pixel_codebook)

@@ -13,6 +13,12 @@ LAYOUTS = {
         layout="patchified", width=16, multipliers=(1, 2), num_blocks=2, stem=4, latent_width=24, groups=8
     ),
     "vqgan": PixelConfig(width=16, multipliers=(1, 1, 2), num_blocks=1, latent_width=24, groups=8),
+    "vqgan without attention": PixelConfig(
+        width=16, multipliers=(1, 1, 2), num_blocks=2, latent_width=24, groups=8, attention=False
+    ),
+    "patchified with attention": PixelConfig(
+        layout="patchified", width=16, multipliers=(2, 1), num_blocks=1, stem=2, latent_width=8, groups=16
+    ),
 }
 
 
@@ -22,6 +28,8 @@ def _decoders(layout):
     for name, parameter in source.named_parameters():  # trained norms are not the identity
         if "norm" in name:
             nn.init.normal_(parameter, 0.8, 0.3)
+        elif any(part in name for part in ("query", "key")):  # and trained attention is not uniform
+            nn.init.normal_(parameter, 0.0, 1.0)
     grow_decoder(source, target)
     return source, target
 
@@ -34,6 +42,19 @@ def test_same_function_more_capacity(layout):
     blocks = [sum(isinstance(m, ResidualBlock) for m in d.stages.modules()) for d in (source, target)]
     assert blocks[1] == 2 * blocks[0]
     assert target.to_pixels.in_channels == 2 * source.to_pixels.in_channels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_pictures_in_bfloat16_up_to_its_rounding(layout):
+    source, target = _decoders(layout)
+    features = torch.randn(2, 4, 3, 5)
+    with torch.no_grad():
+        exact = source(features)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded, grown = source(features).float(), target(features).float()
+    error = (rounded - exact).square().mean().sqrt()
+    assert (grown - exact).square().mean().sqrt() < 1.5 * error
+    assert error < 0.05 * exact.std()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
