@@ -58,7 +58,8 @@ class SemanticConfig:
     num_patches: int = 256
     """Entries of the tower's square table of position embeddings; it is resized to each grid."""
     hidden_state: int = -2
-    """Which of the tower's hidden states is the feature, counted as `output_hidden_states` counts: -2 is the second to last."""
+    """Which of the tower's hidden states is the feature, counted as `output_hidden_states` counts: -2 is the second to last,
+    0 the embeddings. The last one is taken behind the tower's last norm."""
     decoder_layers: int = 3
     """Layers of the semantic decoder."""
     decoder_width: int = 1152
@@ -76,6 +77,18 @@ class SemanticConfig:
     def depth(self) -> int:
         """Number of tower layers below the chosen hidden state."""
         return self.hidden_state if self.hidden_state >= 0 else self.num_layers + 1 + self.hidden_state
+
+
+TRAINING_ONLY = (
+    "beta",
+    "revive_interval",
+    "revive_below",
+    "usage_decay",
+    "codebook_update",
+    "ema_decay",
+    "entropy_temperature",
+)
+"""Fields of `TokenizerConfig` that steer training alone: codes and shapes of weights do not depend on them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +123,12 @@ class TokenizerConfig:
     """An entry is dead when its running share of uses falls below this fraction of an even share."""
     usage_decay: float = 0.99
     """Decay per training step of the running share of uses."""
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    """What moves the entries: the codebook loss, or (`ema`) a running mean of the vectors they stand for."""
+    ema_decay: float = 0.99
+    """Decay per training step of that running mean."""
+    entropy_temperature: float = 0.1
+    """Temperature of the soft choice of codes in the entropy loss, over weighted squared distances (ours)."""
 
     def __post_init__(self) -> None:
         if self.pixel.stride != self.schedule.stride:
@@ -119,6 +138,14 @@ class TokenizerConfig:
             )
         if self.decoder_capacity not in (1, 2):
             raise ValueError(f"decoder_capacity must be 1 or 2, got {self.decoder_capacity}")
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.usage_decay < 1:
+            raise ValueError(
+                f"ema_decay {self.ema_decay} and usage_decay {self.usage_decay} must be at least 0 and below 1"
+            )
+        if self.codebook_update not in ("gradient", "ema"):
+            raise ValueError(f"codebook_update must be 'gradient' or 'ema', got {self.codebook_update!r}")
+        if self.entropy_temperature <= 0:
+            raise ValueError(f"entropy_temperature must be above 0, got {self.entropy_temperature}")
         if self.semantic is not None and self.semantic_dim < 1:
             raise ValueError("semantic_dim must be at least 1 where the semantic branch exists")
 

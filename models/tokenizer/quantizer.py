@@ -16,15 +16,17 @@ grid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextflow.kernels.codebook import nearest_code, nearest_codes
+from nextflow.models.tokenizer.codebook_average import CodebookAverage
 from nextflow.models.tokenizer.codebook_health import CodebookHealth
+from nextflow.models.tokenizer.correction import Correction
+from nextflow.models.tokenizer.entropy import entropy_loss
 from nextflow.models.tokenizer.resample import resample
 from nextflow.sequence.scales import Grid, num_codes_of
 
@@ -37,12 +39,14 @@ class QuantizerOutput(NamedTuple):
     indices: Tensor
     """[B, N] int64; -1 at the codes of dropped scales."""
     codebook_loss: Tensor
-    """mean (e - sg z)^2, averaged over the scales used."""
+    """mean (e - sg z)^2, averaged over the scales used; 0 where running means move the codebooks."""
     commitment_loss: Tensor
     """beta * mean (sg e - z)^2, averaged over the scales used."""
     residual_loss: Tensor
     """mean (f - sg sum)^2: what the scales together leave of the features f. Normalised vectors say nothing of a feature's
     length, so without it features outgrow the sum of unit entries and every scale repeats the first."""
+    entropy_loss: Tensor | None = None
+    """Entropy of each vector's soft choice of a code minus that of all choices together (`entropy`), when asked for."""
 
 
 class Encoding(NamedTuple):
@@ -52,30 +56,9 @@ class Encoding(NamedTuple):
     """int64: the codes a generator is fed."""
     target_codes_BN: Tensor
     """int64: the codes a generator should predict: the nearest entries, given the codes fed before."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Correction:
-    """Self-correction (NextFlow section 2.2): some fed codes are drawn among the nearest instead of being the nearest.
-
-    The residual continues from the fed code and the target stays the nearest, so later scales learn to repair earlier
-    ones.
-    """
-
-    fraction: float = 0.6
-    """Share of the positions of each scale that are drawn; 0.6 is the paper's best."""
-    top_k: int = 10
-    """Number of nearest entries to draw among (the paper gives no value)."""
-    temperature: float = 1.0
-    """Temperature of softmax(-distance / temperature) over weighted squared distances (the paper gives no value)."""
-    probability: float = 1.0
-    """Share of the images that are corrected; 1.0 is the paper's best."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.fraction <= 1 and 0 <= self.probability <= 1):
-            raise ValueError("correction.fraction and correction.probability must lie between 0 and 1")
-        if self.top_k < 1 or self.temperature <= 0:
-            raise ValueError("correction.top_k must be at least 1 and correction.temperature above 0")
+    error_S2: Tensor | None = None
+    """[S, 2]: mean squared distance of the normalised residual to the fed entry, per scale, semantic (nan where there
+    is none) and pixel part."""
 
 
 class ScaleStep(NamedTuple):
@@ -111,13 +94,20 @@ class DualCodebookQuantizer(nn.Module):
         revive_interval: int = 0,
         revive_below: float = 0.02,
         usage_decay: float = 0.99,
+        codebook_update: Literal["gradient", "ema"] = "gradient",
+        ema_decay: float = 0.99,
+        entropy_temperature: float = 0.1,
     ) -> None:
         super().__init__()
         self.semantic_dim, self.pixel_dim = semantic_dim, pixel_dim
         self.semantic_weight, self.pixel_weight = semantic_weight, pixel_weight
-        self.normalize, self.beta = normalize, beta
-        self.semantic_codebook = nn.Parameter(torch.randn(codebook_size, semantic_dim), requires_grad=semantic_dim > 0)
-        self.pixel_codebook = nn.Parameter(torch.randn(codebook_size, pixel_dim))
+        self.normalize, self.beta, self.entropy_temperature = normalize, beta, entropy_temperature
+        by_gradient = codebook_update == "gradient"
+        self.semantic_codebook = nn.Parameter(
+            torch.randn(codebook_size, semantic_dim), requires_grad=by_gradient and semantic_dim > 0
+        )
+        self.pixel_codebook = nn.Parameter(torch.randn(codebook_size, pixel_dim), requires_grad=by_gradient)
+        self.average = None if by_gradient else CodebookAverage(codebook_size, ema_decay)
         self.health = CodebookHealth(codebook_size, interval=revive_interval, below=revive_below, decay=usage_decay)
 
     @property
@@ -131,15 +121,20 @@ class DualCodebookQuantizer(nn.Module):
         return self.semantic_dim + self.pixel_dim
 
     def forward(
-        self, features_BCHW: Tensor, grids: Sequence[Grid], keep: Sequence[bool] | None = None
+        self,
+        features_BCHW: Tensor,
+        grids: Sequence[Grid],
+        keep: Sequence[bool] | None = None,
+        entropy: bool = False,
     ) -> QuantizerOutput:
-        """Quantise features over all scales.
+        """Quantise features over all scales. While training, ranks call it together; their batches and grids may differ.
 
         Args:
             features_BCHW: [B, C, H, W], H x W = grids[-1].
             grids: grids of all scales, coarse to fine.
             keep: for each scale whether it is used (scale dropout); a dropped scale adds nothing, and the first is
                 always used.
+            entropy: whether to compute the entropy loss.
 
         Raises ValueError when the features' size is not the last grid.
         """
@@ -148,26 +143,31 @@ class DualCodebookQuantizer(nn.Module):
             if self.training:
                 self.health.refresh(self, features_BCHW.detach(), grids)
             total_BCHW = torch.zeros_like(features_BCHW)
-            codebook_losses, commitment_losses, indices = [], [], []
+            used, indices = [], []
             for scale, step in self.scales(features_BCHW, grids, keep):
                 if step is None:
                     height, width = grids[scale]
                     indices.append(torch.full((len(features_BCHW), height * width), -1, device=features_BCHW.device))
                     continue
-                codebook_losses.append(F.mse_loss(step.entries_NC, step.vectors_NC.detach()))
-                commitment_losses.append(F.mse_loss(step.vectors_NC, step.entries_NC.detach()))
+                used.append(step)
                 indices.append(step.target_BN)
                 total_BCHW = total_BCHW + step.upsampled_BCHW
             indices_BN = torch.cat(indices, dim=1)
-            if self.training:
-                self.health.count(indices_BN)
-            return QuantizerOutput(
+            commitment = [F.mse_loss(step.vectors_NC, step.entries_NC.detach()) for step in used]
+            output = QuantizerOutput(
                 quantized=features_BCHW + (total_BCHW - features_BCHW).detach(),
                 indices=indices_BN,
-                codebook_loss=torch.stack(codebook_losses).mean(),
-                commitment_loss=self.beta * torch.stack(commitment_losses).mean(),
+                codebook_loss=self._codebook_loss(used),
+                commitment_loss=self.beta * torch.stack(commitment).mean(),
                 residual_loss=F.mse_loss(features_BCHW, total_BCHW.detach()),
+                entropy_loss=self._entropy_loss(used) if entropy else None,
             )
+            if self.training:
+                self.health.count(indices_BN)
+                if self.average is not None:
+                    vectors_MC = torch.cat([step.vectors_NC.detach() for step in used])
+                    self.average.update(self, vectors_MC, torch.cat([step.target_BN.flatten() for step in used]))
+            return output
 
     @torch.no_grad()
     def encode(
@@ -181,9 +181,11 @@ class DualCodebookQuantizer(nn.Module):
         with torch.autocast(features_BCHW.device.type, enabled=False):
             loop = self.scales(features_BCHW.float(), grids, correction=correction, generator=generator)
             steps = [step for _, step in loop if step is not None]
-        return Encoding(
-            torch.cat([step.fed_BN for step in steps], dim=1), torch.cat([step.target_BN for step in steps], dim=1)
-        )
+            return Encoding(
+                torch.cat([step.fed_BN for step in steps], dim=1),
+                torch.cat([step.target_BN for step in steps], dim=1),
+                torch.stack([self._errors_2(step) for step in steps]),
+            )
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Entries of codes: int64 [...] -> fp32 [..., C], each part normalised where `normalize` is set."""
@@ -236,17 +238,25 @@ class DualCodebookQuantizer(nn.Module):
             )
         entries_KC = self.entries_KC()
         residual_BCHW = features_BCHW
-        corrected_B = _chosen_images(correction, features_BCHW, generator)
+        images = len(features_BCHW)
+        corrected_B = None if correction is None else correction.chosen_images(images, features_BCHW.device, generator)
         for scale, (height, width) in enumerate(grids):
             if keep is not None and scale > 0 and not keep[scale]:
                 yield scale, None
                 continue
             map_BChw = resample(residual_BCHW, (height, width), "area")
             vectors_NC = self.normalized(map_BChw.permute(0, 2, 3, 1).reshape(-1, self.code_dim))
-            target_BN = self.nearest(vectors_NC, entries_KC).view(len(features_BCHW), -1)
+            target_BN = self.nearest(vectors_NC, entries_KC).view(images, -1)
             fed_BN = target_BN
             if correction is not None and corrected_B is not None:
-                fed_BN = self._corrected(vectors_NC, entries_KC, target_BN, corrected_B, correction, generator)
+                near = nearest_codes(
+                    *self._parts(vectors_NC),
+                    *self._parts(entries_KC),
+                    self.semantic_weight,
+                    self.pixel_weight,
+                    correction.top_k,
+                )
+                fed_BN = correction.fed_codes(near, target_BN, corrected_B, generator)
             entries_NC = F.embedding(fed_BN.flatten(), entries_KC)
             entries_BChw = entries_NC.detach().view(-1, height, width, self.code_dim).permute(0, 3, 1, 2)
             upsampled_BCHW = resample(entries_BChw, grids[-1], "bicubic")
@@ -257,37 +267,22 @@ class DualCodebookQuantizer(nn.Module):
         """Joint look-up, int64 [N]."""
         return nearest_code(*self._parts(vectors_NC), *self._parts(entries_KC), self.semantic_weight, self.pixel_weight)
 
+    def _codebook_loss(self, used: list[ScaleStep]) -> Tensor:
+        if self.average is not None:
+            return used[0].vectors_NC.new_zeros(())
+        return torch.stack([F.mse_loss(step.entries_NC, step.vectors_NC.detach()) for step in used]).mean()
+
+    def _entropy_loss(self, used: list[ScaleStep]) -> Tensor:
+        vectors_NC = torch.cat([step.vectors_NC for step in used])
+        weights = [self.semantic_weight] * self.semantic_dim + [self.pixel_weight] * self.pixel_dim
+        root_C = torch.tensor(weights, device=vectors_NC.device).sqrt()
+        return entropy_loss(vectors_NC * root_C, self.entries_KC() * root_C, self.entropy_temperature)
+
+    def _errors_2(self, step: ScaleStep) -> Tensor:
+        square_NC = (step.vectors_NC - step.entries_NC).square()
+        parts = square_NC.split([self.semantic_dim, self.pixel_dim], dim=1)
+        return torch.stack([part.sum(1).mean() if part.shape[1] else part.new_full((), torch.nan) for part in parts])
+
     def _parts(self, vectors_NC: Tensor) -> tuple[Tensor, Tensor]:
         semantic_NS, pixel_NP = vectors_NC.detach().split([self.semantic_dim, self.pixel_dim], dim=1)
         return semantic_NS, pixel_NP
-
-    def _corrected(
-        self,
-        vectors_NC: Tensor,
-        entries_KC: Tensor,
-        target_BN: Tensor,
-        corrected_B: Tensor,
-        correction: Correction,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        near = nearest_codes(
-            *self._parts(vectors_NC),
-            *self._parts(entries_KC),
-            self.semantic_weight,
-            self.pixel_weight,
-            correction.top_k,
-        )
-        chance_NT = torch.softmax(-near.distance_NT / correction.temperature, dim=1)
-        drawn_BN = near.index_NT.gather(1, torch.multinomial(chance_NT, 1, generator=generator)).view_as(target_BN)
-        # exactly this many positions of the scale, rounded: 60% of 1 code is 1, of 4 codes 2
-        count = round(correction.fraction * target_BN.shape[1])
-        order_BN = torch.rand(target_BN.shape, generator=generator, device=target_BN.device).argsort(dim=1)
-        return torch.where((order_BN < count) & corrected_B[:, None], drawn_BN, target_BN)
-
-
-def _chosen_images(
-    correction: Correction | None, features_BCHW: Tensor, generator: torch.Generator | None
-) -> Tensor | None:
-    if correction is None:
-        return None
-    return torch.rand(len(features_BCHW), generator=generator, device=features_BCHW.device) < correction.probability

@@ -1,0 +1,128 @@
+"""Sharding over processes with PyTorch's FSDP2, as a callback that holds the plan.
+
+The strategy is chosen by the trainer; the module applies the plan once its layers exist (`configure_model`); without
+this callback the same module runs on one device or under DDP.
+
+    trainer:
+      strategy:
+        class_path: lightning.pytorch.strategies.ModelParallelStrategy
+        init_args: {data_parallel_size: 8, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class FSDPSharding(L.Callback):
+    """Sets `pl_module.shard`, with which the module's `configure_model` shards what it trains.
+
+    Needs `ModelParallelStrategy` and a module with the attribute `shard`. Ranks must run the same forward passes, so
+    every rank needs the same number of batches.
+
+    Args:
+        wrap: import paths of classes whose instances become one unit each, gathered and freed together; units may hold
+            others, and what is left over is one more.
+        forward_methods: methods of the sharded module that are called from outside beside `forward`; those it does not
+            have are passed over.
+        param_dtype: data type of gathered parameters, to which a unit casts what it is called with; null keeps that of
+            the weights. Parts that others call with float32 (decoders behind a quantiser) have to be units then.
+        reduce_dtype: data type in which gradients are summed over ranks; null takes `param_dtype`.
+        reshard_after_forward: whether to free gathered parameters after the forward pass and gather them again in the
+            backward pass.
+        activation_checkpointing: whether units of `wrap` that hold no others keep their inputs alone and compute again
+            in the backward pass.
+        compile: whether to compile the forward pass of each of them.
+    """
+
+    def __init__(
+        self,
+        wrap: list[str],
+        forward_methods: list[str] = ["encode", "decode"],  # noqa: B006 (jsonargparse copies)
+        param_dtype: Precision | None = None,
+        reduce_dtype: Precision | None = None,
+        reshard_after_forward: bool = True,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        self.classes = tuple(_class(path) for path in wrap)
+        self.forward_methods = forward_methods
+        self.precision = MixedPrecisionPolicy(
+            param_dtype=None if param_dtype is None else getattr(torch, param_dtype),
+            reduce_dtype=None if reduce_dtype is None else getattr(torch, reduce_dtype),
+        )
+        self.reshard_after_forward = reshard_after_forward
+        self.activation_checkpointing, self.compile = activation_checkpointing, compile
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Hand the plan over. Raises ValueError saying what to change."""
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "FSDPSharding needs trainer.strategy: lightning.pytorch.strategies.ModelParallelStrategy, "
+                f"not {type(trainer.strategy).__name__}"
+            )
+        mesh = trainer.strategy.device_mesh
+        if mesh["data_parallel"].size() != trainer.world_size:
+            raise ValueError(
+                f"trainer.strategy: set data_parallel_size to {trainer.world_size} and tensor_parallel_size to 1; "
+                f"they are {mesh['data_parallel'].size()} and {mesh['tensor_parallel'].size()}"
+            )
+        if not hasattr(pl_module, "shard"):
+            raise ValueError(f"FSDPSharding: {type(pl_module).__name__} has no attribute `shard` and cannot be sharded")
+        pl_module.shard = partial(self.shard, mesh["data_parallel"])
+
+    def shard(self, mesh: Any, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+        """Shard a module in place.
+
+        Args:
+            mesh: the processes to shard over.
+            module: with its initial weights.
+            whole: parameters that every rank keeps whole; their gradients are the caller's to average.
+
+        Raises ValueError when no submodule is an instance of a class of `wrap`.
+        """
+        units = [child for child in module.modules() if isinstance(child, self.classes) and child is not module]
+        if self.classes and not units:
+            names = ", ".join(cls.__name__ for cls in self.classes)
+            raise ValueError(f"FSDPSharding.wrap: {type(module).__name__} holds no {names}")
+        options = {"mesh": mesh, "mp_policy": self.precision, "ignored_params": set(whole)}
+        for unit in reversed(units):  # a module comes after those inside it
+            if not any(isinstance(child, self.classes) for child in unit.modules() if child is not unit):
+                self._rewrite_forward(unit)
+            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
+        fully_shard(module, **options)  # the outermost unit is gathered again at once: it stays as it is
+        for name in self.forward_methods:
+            if hasattr(module, name):
+                register_fsdp_forward_method(module, name)
+
+    def _rewrite_forward(self, unit: nn.Module) -> None:
+        # inside of FSDP2's hooks: recomputed and compiled code finds gathered parameters
+        forward: Any = unit.forward
+        if self.activation_checkpointing:
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        if self.compile:
+            forward = torch.compile(forward)
+        unit.forward = forward
+
+
+def _class(path: str) -> type[nn.Module]:
+    name = path.rpartition(".")[2]
+    try:
+        found = getattr(import_module(path.rpartition(".")[0]), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"FSDPSharding.wrap: there is no class {path!r}; give its full import path") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"FSDPSharding.wrap: {path} is not an nn.Module class")
+    return found
