@@ -46,8 +46,8 @@ ARMS = [
 COLUMNS = {
     "PSNR 32": "test/psnr/32",
     "PSNR 64": "test/psnr/64",
-    "first 4 scales": "test/psnr/64/scale_04",
-    "first 6 scales": "test/psnr/64/scale_06",
+    "first 4 of 8 scales": "test/psnr/64/scale_04",
+    "first 6": "test/psnr/64/scale_06",
     "SSIM 64": "test/ssim/64",
     "usage": "tokenizer/usage",
     "semantic loss": "train/loss_semantic",
