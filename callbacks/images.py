@@ -40,7 +40,7 @@ class ReconstructionGrid(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.is_global_zero and batch.level not in self._grids:
+        if batch.level not in self._grids:  # on all ranks: a sharded tokenizer needs every one of them
             self._grids[batch.level] = self.picture(pl_module.tokenizer, batch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
