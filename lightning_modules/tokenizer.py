@@ -45,7 +45,7 @@ from nextflow.models.tokenizer.losses import (
 from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.tokenizer.quantizer import Correction
 from nextflow.models.tokenizer.semantic import read_tower
-from nextflow.models.tokenizer.stages import Stage, frozen_parts, stage_config, start_stage
+from nextflow.models.tokenizer.stages import Stage, check_resumed, frozen_parts, stage_config, start_stage
 from nextflow.models.tokenizer.usage import CodebookUsage
 
 
@@ -271,6 +271,8 @@ class TokenizerModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What this config does without (a discriminator, outside of fit) may be in the file; the tokenizer must fit."""
+        if "tokenizer_config" in checkpoint:
+            check_resumed(self.tokenizer.config, checkpoint["tokenizer_config"])
         ours, stored = self.state_dict(), checkpoint.get("state_dict", {})  # FSDP2's strategy has already taken it out
         checkpoint["state_dict"] = {k: v for k, v in stored.items() if k.startswith("tokenizer.") or k in ours}
 

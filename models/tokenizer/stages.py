@@ -113,9 +113,20 @@ def start_decoder(tokenizer: Tokenizer, joint_stage: Tokenizer) -> None:
         grow_decoder(joint_stage.pixel_decoder, tokenizer.pixel_decoder)
 
 
+def check_resumed(config: TokenizerConfig, stored: dict) -> None:
+    """A checkpoint to go on with, or to evaluate, must hold the architecture that the config states.
+
+    Raises ValueError, naming the keys. What changes no weight's shape may differ.
+    """
+    _check_same(config.to_dict(), TokenizerConfig.from_dict(stored).to_dict(), _FREE, "--ckpt_path")
+
+
 def _check(tokenizer: Tokenizer, source: Tokenizer, free: set[str]) -> None:
-    ours, theirs = tokenizer.config.to_dict(), source.config.to_dict()
+    _check_same(tokenizer.config.to_dict(), source.config.to_dict(), free, "init_from")
+
+
+def _check_same(ours: dict, theirs: dict, free: set[str], where: str) -> None:
     wrong = [key for key in ours if key not in free and ours[key] != theirs[key]]
     if wrong:
         differences = ", ".join(f"tokenizer.{key}: {ours[key]} here, {theirs[key]} there" for key in wrong)
-        raise ValueError(f"init_from holds a tokenizer of another configuration; {differences}")
+        raise ValueError(f"{where} holds a tokenizer of another configuration; {differences}")

@@ -7,7 +7,7 @@ import torch
 
 from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
 from nextflow.models.tokenizer.model import Tokenizer
-from nextflow.models.tokenizer.stages import start_stage
+from nextflow.models.tokenizer.stages import check_resumed, start_stage
 from nextflow.sequence.scales import ScaleSchedule
 
 SEMANTIC = SemanticConfig(
@@ -53,3 +53,9 @@ def test_another_architecture_is_refused_by_its_key(change):
     (key,) = change
     with pytest.raises(ValueError, match=rf"init_from.*tokenizer\.{key}: .* here, .* there"):
         start_stage(Tokenizer(replace(CONFIG, **change)), "joint", Tokenizer(CONFIG))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_by_its_key():
+    check_resumed(CONFIG, replace(CONFIG, revive_interval=7).to_dict())
+    with pytest.raises(ValueError, match=r"--ckpt_path.*tokenizer\.codebook_size: 32 here, 64 there"):
+        check_resumed(CONFIG, replace(CONFIG, codebook_size=64).to_dict())
