@@ -51,7 +51,6 @@ COLUMNS = {
     "SSIM 64": "test/ssim/64",
     "usage": "tokenizer/usage",
     "semantic loss": "train/loss_semantic",
-    "minutes": "fit/seconds",
 }
 
 
@@ -81,9 +80,8 @@ def table(seeds: list[int]) -> str:
         cells = []
         for name in COLUMNS.values():
             values = [metrics[name] for metrics in runs if name in metrics]
-            scale = 1 / 60 if name == "fit/seconds" else 1.0
-            spread = (max(values) - min(values)) / 2 * scale if values else 0.0
-            cells.append(f"{mean(values) * scale:.2f} ± {spread:.2f}" if values else "-")
+            spread = (max(values) - min(values)) / 2 if values else 0.0
+            cells.append(f"{mean(values):.2f} ± {spread:.2f}" if values else "-")
         lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

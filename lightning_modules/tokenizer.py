@@ -325,7 +325,8 @@ class TokenizerModule(L.LightningModule):
 
     def _log_metrics(self, prefix: str) -> None:
         for name, value in self.metrics.compute(self.device).logged(prefix).items():
-            self.log(name, value, prog_bar=name in (f"{prefix}/psnr", "tokenizer/usage"))
+            # equal on all ranks already; Lightning would warn of each that is not averaged
+            self.log(name, value, prog_bar=name in (f"{prefix}/psnr", "tokenizer/usage"), sync_dist=True)
         self.metrics.reset()
 
 

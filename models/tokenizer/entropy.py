@@ -64,7 +64,5 @@ def _logits(vectors_NC: Tensor, entries_KC: Tensor, temperature: float) -> Itera
     size = max(1, CHUNK_ELEMENTS // len(entries_KC))
     for start in range(0, len(vectors_NC), size):
         rows = slice(start, start + size)
-        yield (
-            rows,
-            torch.addmm(square_K, vectors_NC[rows], entries_KC.T, beta=-1 / temperature, alpha=2 / temperature),
-        )
+        product_nK = torch.addmm(square_K, vectors_NC[rows], entries_KC.T, beta=-1, alpha=2)
+        yield rows, product_nK.div_(temperature)

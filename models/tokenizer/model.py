@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nextflow.models.tokenizer.config import TRAINING_ONLY, TokenizerConfig
 from nextflow.models.tokenizer.pixel import PixelDecoder, PixelEncoder
@@ -148,7 +149,8 @@ class Tokenizer(nn.Module):
     def fingerprint(self) -> str:
         """16 hexadecimal digits over everything that decides an image's codes: encoders, codebooks, and their configuration.
 
-        Decoders are left out: codes stay valid while the pixel decoder is fine-tuned.
+        Decoders are left out: codes stay valid while the pixel decoder is fine-tuned. With sharded weights (FSDP2) all ranks
+        have to call it.
         """
         config = self.config.to_dict()
         for key in ("decoder_capacity", *TRAINING_ONLY):
@@ -159,5 +161,6 @@ class Tokenizer(nn.Module):
         for name, tensor in sorted(self.state_dict().items()):
             if not name.startswith(("pixel_decoder.", "semantic_decoder.", "quantizer.health.", "quantizer.average.")):
                 digest.update(name.encode())
-                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                digest.update(whole.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -28,7 +28,10 @@ def draw_keys(weight_BN: Tensor, seed: int) -> Tensor:
 
 
 def best_rows(key_M: Tensor, rows_MC: Tensor, count: int) -> Tensor:
-    """[count, C]: rows of the largest keys of all ranks, largest first; in turn again where there are fewer than `count`."""
+    """[count, C]: rows of the largest keys of all ranks, largest first; in turn again where there are fewer than `count`.
+
+    Raises ValueError when no key is finite.
+    """
     own_k, index_k = key_M.topk(min(count, len(key_M)))
     padded_K = torch.full((count,), -torch.inf, dtype=torch.float64)
     padded_K[: len(own_k)] = own_k
@@ -40,7 +43,10 @@ def best_rows(key_M: Tensor, rows_MC: Tensor, count: int) -> Tensor:
     won_index = index_k[position_K[won_K] - rank() * count]
     rows_KC[won_K.to(rows_MC.device)] = rows_MC[won_index.to(rows_MC.device)]
     sum_over_ranks(rows_KC)
-    return rows_KC[torch.arange(count, device=rows_MC.device) % int(best_K.isfinite().sum())]
+    drawn = int(best_K.isfinite().sum())
+    if drawn == 0:
+        raise ValueError("features before quantisation are not finite: training has diverged, lower the learning rate")
+    return rows_KC[torch.arange(count, device=rows_MC.device) % drawn]
 
 
 def best_row_of_each(key_M: Tensor, entry_M: Tensor, rows_MC: Tensor, rows_KC: Tensor) -> Tensor:

@@ -1,9 +1,15 @@
 """Running means of codebook entries == a plain loop with running sums and counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
+from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.tokenizer.quantizer import DualCodebookQuantizer
+from nextflow.models.tokenizer.stages import start_stage
+from nextflow.sequence.scales import ScaleSchedule
 
 GRIDS = ((1, 1), (2, 2), (4, 4))
 ENTRIES, SEMANTIC, PIXEL, DECAY = 40, 4, 2, 0.9
@@ -82,3 +88,66 @@ def test_evaluation_and_a_frozen_quantiser_leave_entries_alone():
     quantizer.eval()(_features(1), GRIDS)
     assert "average.weight_K" in before
     assert all(torch.equal(before[name], value) for name, value in quantizer.state_dict().items())
+
+
+def test_an_interrupted_run_continues_as_a_straight_one():
+    options = {"revive_interval": 2, "revive_below": 0.5, "usage_decay": 0.5}
+    straight, first, second = (_quantizer(**options) for _ in range(3))
+    for step in range(6):
+        straight(_features(step), GRIDS)
+    for step in range(3):
+        first(_features(step), GRIDS)
+    second.load_state_dict(first.state_dict())
+    for step in range(3, 6):
+        second(_features(step), GRIDS)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+CONFIG = TokenizerConfig(
+    schedule=ScaleSchedule(sides=(1, 2, 4), levels={16: 2, 32: 3}, stride=8),
+    codebook_size=16,
+    semantic_dim=4,
+    pixel_dim=2,
+    pixel=PixelConfig(layout="patchified", width=4, multipliers=(1, 1), num_blocks=1, stem=4, latent_width=4, groups=2),
+    semantic=SemanticConfig(
+        width=8,
+        mlp_width=8,
+        num_layers=1,
+        num_heads=2,
+        num_patches=4,
+        decoder_layers=1,
+        decoder_width=8,
+        decoder_heads=2,
+    ),
+)
+
+
+def test_how_entries_move_is_no_part_of_the_fingerprint():
+    gradient = Tokenizer(CONFIG)
+    ema = Tokenizer(replace(CONFIG, codebook_update="ema", ema_decay=0.5, entropy_temperature=1.0, usage_decay=0.5))
+    ema.load_state_dict(gradient.state_dict() | {"quantizer.average.weight_K": torch.zeros(16)})
+    assert ema.fingerprint() == gradient.fingerprint()
+
+
+def test_stages_may_change_it_with_the_new_semantic_entries_only():
+    pixel = Tokenizer(replace(CONFIG, semantic=None))
+    joint = Tokenizer(replace(CONFIG, codebook_update="ema"))
+    start_stage(joint, "joint", pixel)
+    assert torch.equal(joint.quantizer.pixel_codebook, pixel.quantizer.pixel_codebook)
+    assert (joint.quantizer.average.weight_K == 1).all()  # entries that were trained have a past
+    with pytest.raises(ValueError, match=r"tokenizer.codebook_update: gradient here, ema there"):
+        start_stage(Tokenizer(CONFIG), "decoder", joint)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_update": "adam"}, "codebook_update"),
+        ({"ema_decay": 1.0}, "ema_decay 1.0"),
+        ({"entropy_temperature": 0.0}, "entropy_temperature"),
+    ],
+)
+def test_errors_name_the_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **options)

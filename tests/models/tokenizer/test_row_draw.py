@@ -37,3 +37,8 @@ def test_each_entry_gets_its_own_best_row_or_keeps_what_it_had():
     key = torch.tensor([0.5, 3.0, -1.0, 2.0], dtype=torch.float64)
     rows, entry = torch.arange(4.0)[:, None], torch.tensor([2, 0, 2, 0])
     assert best_row_of_each(key, entry, rows, torch.full((3, 1), 9.0)).flatten().tolist() == [1, 9, 0]
+
+
+def test_rows_that_are_not_finite_are_an_error():
+    with pytest.raises(ValueError, match="diverged"):
+        best_rows(draw_keys(torch.full((2, 3), torch.nan), 0), torch.full((6, 1), torch.nan), 2)
