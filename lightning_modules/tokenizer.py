@@ -160,6 +160,7 @@ class TokenizerModule(L.LightningModule):
         keep_whole(self, whole)
 
     def on_fit_start(self) -> None:
+        self.train()  # Lightning leaves modes as they are; without this, frozen parts would still be as they were built
         self.objective.to(self.device)
         from_rank_0(self)
 
