@@ -166,12 +166,13 @@ def test_timing_is_written(lab: Lab) -> None:
 
 
 DRIVER = """
-import sys
+import signal, sys
 from nextflow import quickstart
 from nextflow.quickstart import Stage
 # A `fit` stage whose command is the fake one: main.py is not needed to see what the driver passes.
 quickstart._Pipeline._command = lambda self, stage, arguments: [
     sys.executable, "-m", "nextflow_fake_stage", "--config", str(self.config_dir / stage.config)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background of a shell ignores it
 stages = (Stage(name="a", title="first", kind="fit", config="1_a.yaml", minutes=1),)
 sys.exit(quickstart.main(sys.argv[1:], stages))
 """
@@ -192,7 +193,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(lab: Lab, tmp_path: Pa
         process.terminate()  # to the driver alone, which passes it on
     else:
         os.killpg(process.pid, how)  # as a terminal's Ctrl-C, or a machine that goes away
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 1, signal.SIGKILL: -signal.SIGKILL}[how]
     assert not (lab.run / "a" / "done.json").exists()
     if how == signal.SIGINT:
@@ -200,7 +201,7 @@ def test_interrupted_training_goes_on_from_its_checkpoint(lab: Lab, tmp_path: Pa
 
     (lab.run / "a" / "go").touch()
     seconds = json.loads((lab.run / "timing.json").read_text())["a"] if how != signal.SIGKILL else 0.0
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert "goes on from its last checkpoint" in result.stdout
     assert lab.log("a") == ["", f"--ckpt_path {lab.run}/a/last.ckpt"]
