@@ -4,15 +4,22 @@ The D/2 frequencies of a head are dealt to the axes in runs of `sections`: with 
 the next 24 with h, the slowest 24 with w. Positions are real numbers, because cells of an image stand between integers.
 Angles are always computed in float32; only the cosines and sines may be cast down.
 
+    torch    two fused multiply-adds into one buffer per pass
+    triton   one kernel per pass (`rope_triton.py`). CUDA.
+
 Shapes: B batch, H heads, L positions, D head width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from nextflow.kernels.implementation import resolve
+
+Implementation = Literal["auto", "torch", "triton", "reference"]
 
 
 class Rotation(NamedTuple):
@@ -57,18 +64,29 @@ def rope_cos_sin(
     return Rotation(angle_BLE.cos(), angle_BLE.sin())
 
 
-def apply_rope(x_BHLD: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
+def apply_rope(x_BHLD: Tensor, cos_BLE: Tensor, sin_BLE: Tensor, implementation: Implementation = "auto") -> Tensor:
     """Turn channel pairs (i, i + D/2) of every head by the angles of their position; the transpose is the gradient.
 
     Args:
         x_BHLD: queries or keys (any strides).
         cos_BLE: cosines [B, L, D/2] in the dtype of x.
         sin_BLE: sines, likewise.
+        implementation: "auto", "torch", "triton" or "reference".
+
+    Raises:
+        ValueError: `implementation` cannot run here.
     """
+    chosen = resolve("apply_rope", implementation, x_BHLD.device.type, anywhere="torch")
+    if chosen == "reference":
+        return apply_rope_ref(x_BHLD, cos_BLE, sin_BLE)
+    if chosen == "triton":
+        from nextflow.kernels.rope_triton import apply_rope_triton
+
+        return apply_rope_triton(x_BHLD, cos_BLE, sin_BLE)
     return _Rope.apply(x_BHLD, cos_BLE, sin_BLE)
 
 
-def apply_rope_ref(x_BHLD: Tensor, cos_BLE: Tensor, sin_BLE: Tensor) -> Tensor:
+def apply_rope_ref(x_BHLD: Tensor, cos_BLE: Tensor, sin_BLE: Tensor, implementation: Implementation = "auto") -> Tensor:
     """The textbook form: x * cos + rotate_half(x) * sin, with the angles repeated over both halves."""
     cos_B1LD = torch.cat((cos_BLE, cos_BLE), dim=-1)[:, None]
     sin_B1LD = torch.cat((sin_BLE, sin_BLE), dim=-1)[:, None]

@@ -22,9 +22,11 @@ class SingleHead(nn.Linear):
     def __init__(self, width: int, vocabulary: Vocabulary) -> None:
         super().__init__(width, vocabulary.size, bias=False)
 
-    def cross_entropy(self, x_NW: Tensor, target_N: Tensor) -> LinearCrossEntropy:
-        """Per-token losses; targets of -100 are ignored."""
-        return linear_cross_entropy(x_NW, self.weight, target_N, IGNORE)
+    def cross_entropy(
+        self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False
+    ) -> LinearCrossEntropy:
+        """Losses per token and in total, as `kernels.linear_cross_entropy`; targets of -100 are ignored."""
+        return linear_cross_entropy(x_NW, self.weight, target_N, IGNORE, token_weight_N, entropy=entropy)
 
 
 class DualHead(nn.Module):
@@ -44,10 +46,18 @@ class DualHead(nn.Module):
         """Logits [..., V]."""
         return torch.cat((self.text(x_NW), self.code(x_NW)), dim=-1)
 
-    def cross_entropy(self, x_NW: Tensor, target_N: Tensor) -> LinearCrossEntropy:
-        """Per-token losses; targets of -100 are ignored."""
+    def cross_entropy(
+        self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False
+    ) -> LinearCrossEntropy:
+        """Losses per token and in total, as `kernels.linear_cross_entropy`; targets of -100 are ignored."""
         is_code_N = target_N >= self.code_offset
-        text = linear_cross_entropy(x_NW, self.text.weight, target_N.masked_fill(is_code_N, IGNORE), IGNORE)
+        text_N = target_N.masked_fill(is_code_N, IGNORE)
         code_N = (target_N - self.code_offset).masked_fill(~is_code_N, IGNORE)
-        code = linear_cross_entropy(x_NW, self.code.weight, code_N, IGNORE)
-        return LinearCrossEntropy(text.loss_N + code.loss_N, text.correct_N | code.correct_N)
+        text = linear_cross_entropy(x_NW, self.text.weight, text_N, IGNORE, token_weight_N, entropy=entropy)
+        code = linear_cross_entropy(x_NW, self.code.weight, code_N, IGNORE, token_weight_N, entropy=entropy)
+        return LinearCrossEntropy(
+            loss_N=text.loss_N + code.loss_N,
+            correct_N=text.correct_N | code.correct_N,
+            total=text.total + code.total,
+            entropy_N=None if text.entropy_N is None or code.entropy_N is None else text.entropy_N + code.entropy_N,
+        )

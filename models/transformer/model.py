@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         self.code_embedding.weight.copy_(vectors_KC)
 
     def set_attention(self, implementation: Implementation) -> None:
-        """Choose the attention kernel of packed batches: "auto", "sdpa", "dense" or "flex"."""
+        """Choose the attention kernel of packed batches: "auto", "sdpa", "dense", "spans", "flex" or "flash"."""
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.implementation = implementation
@@ -146,9 +146,15 @@ class Transformer(nn.Module):
             self.token_embedding(ids_BN.clamp(max=self.config.text_size - 1)),
         )
 
-    def cross_entropy(self, hidden_BLW: Tensor, target_BL: Tensor) -> LinearCrossEntropy:
-        """Loss and correctness of each position, flat [B * L]; targets of -100 are ignored."""
-        return self.head.cross_entropy(hidden_BLW.flatten(0, -2), target_BL.flatten())
+    def cross_entropy(
+        self, hidden_BLW: Tensor, target_BL: Tensor, weight_BL: Tensor | None = None, *, entropy: bool = False
+    ) -> LinearCrossEntropy:
+        """Loss and correctness of each position, flat [B * L], and the total; targets of -100 are ignored.
+
+        With weights gradients flow from the total alone, which is cheaper; without them from all, as GRPO wants.
+        """
+        weight_N = None if weight_BL is None else weight_BL.flatten()
+        return self.head.cross_entropy(hidden_BLW.flatten(0, -2), target_BL.flatten(), weight_N, entropy=entropy)
 
     # Decoding
 
@@ -172,7 +178,9 @@ class Transformer(nn.Module):
     def _rotation(self, position_3BL: Tensor, x: Tensor) -> Rotation:
         config, device = self.config, x.device.type
         rotation = rope_cos_sin(position_3BL, config.head_dim, config.rope_theta, config.rope_sections)
-        return rotation.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        # Asking about autocast raises on the meta device, which knows none.
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return rotation.to(torch.get_autocast_dtype(device) if autocast else x.dtype)
 
     def _scale_mark(self, scale_BL: Tensor, num_scales_BL: Tensor) -> Tensor:
         return self.scale_embedding(scale_BL) + F.embedding(num_scales_BL, self.num_scales_table)

@@ -1,14 +1,19 @@
 """attention == its reference under the visibility law; a named implementation runs or raises."""
 
+import importlib.util
 import itertools
 
 import pytest
 import torch
 
+from nextflow.kernels import attention as module
+from nextflow.kernels import attention_spans, visibility
 from nextflow.kernels.attention import Visibility, attention, attention_ref
 
+ON_CPU = ["auto", "sdpa", "dense", "spans"]
 
-def packed(B, L):
+
+def packed(B, L, block_length=2):
     """Documents of random length, blocks of random length inside them, padding at the end."""
     document, block = torch.full((B, L), -1), torch.zeros(B, L, dtype=torch.int64)
     for b in range(B):
@@ -16,56 +21,89 @@ def packed(B, L):
         cut = end // 3
         document[b, :cut], document[b, cut:end] = 0, 1
         for start, stop in ((0, cut), (cut, end)):
-            block[b, start:stop] = torch.randint(0, 2, (stop - start,)).cumsum(0)
+            block[b, start:stop] = (torch.rand(stop - start) < 1 / block_length).long().cumsum(0)
     return Visibility(document, block)
+
+
+def results_of(op, inputs, law, implementation, slope, dtype=torch.float32):
+    """[result, gradients of q, k and v] in float32."""
+    copies = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+    out = op(*copies, law, implementation)
+    assert out.dtype == dtype
+    (out.float() * slope).sum().backward()
+    return [out.float(), *(tensor.grad.float() for tensor in copies)]
+
+
+def inputs_of(B, H, G, L, D):
+    return [torch.randn(B, heads, L, D) for heads in (H, G, G)], torch.randn(B, H, L, D)
 
 
 @pytest.mark.parametrize(
     ("B", "H", "G", "L", "D"), [(2, 4, 2, 16, 8), (3, 3, 3, 13, 6), (1, 6, 1, 37, 10), (1, 1, 1, 1, 2)]
 )
-@pytest.mark.parametrize("implementation", ["auto", "sdpa", "dense"])
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_equals_reference_forward_and_backward(B, H, G, L, D, implementation):
-    visibility = packed(B, L)
-    slope = torch.randn(B, H, L, D)
-    shapes = ((B, H, L, D), (B, G, L, D), (B, G, L, D))
-    inputs = [torch.randn(shape) for shape in shapes]
-    results = []
-    for op in (attention, attention_ref):
-        copies = [tensor.clone().requires_grad_() for tensor in inputs]
-        out = op(*copies, visibility, implementation)
-        (out * slope).sum().backward()
-        results.append([out, *(tensor.grad for tensor in copies)])
-    for ours, ref in zip(*results):
-        torch.testing.assert_close(ours, ref, rtol=1e-4, atol=1e-5)
+    inputs, slope = inputs_of(B, H, G, L, D)
+    law = packed(B, L)
+    ours = results_of(attention, inputs, law, implementation, slope)
+    for our, ref in zip(ours, results_of(attention_ref, inputs, law, "auto", slope)):
+        torch.testing.assert_close(our, ref, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "sdpa", "dense"])
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_bfloat16_stays_near_the_reference(implementation):
-    visibility = packed(2, 21)
-    q, k, v = (torch.randn(2, heads, 21, 8).bfloat16() for heads in (4, 2, 2))
-    ours = attention(q, k, v, visibility, implementation)
-    assert ours.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        ours.float(), attention_ref(q.float(), k.float(), v.float(), visibility), rtol=3e-2, atol=3e-2
-    )
+    inputs, slope = inputs_of(2, 4, 2, 90, 8)
+    inputs = [tensor.bfloat16().float() for tensor in inputs]
+    law = packed(2, 90, block_length=9)
+    ours = results_of(attention, inputs, law, implementation, slope, torch.bfloat16)
+    for our, ref in zip(ours, results_of(attention_ref, inputs, law, "auto", slope)):
+        assert (our - ref).norm() < 2e-2 * ref.norm()
+
+
+@pytest.mark.parametrize("limits", [(64, 128, 2**20), (3, 5, 40), (1, 1, 1)], ids=["default", "small", "tiny"])
+@pytest.mark.parametrize("block_length", [1, 4, 70])
+def test_spans_are_exact_wherever_they_are_cut(monkeypatch, limits, block_length):
+    whole, shared, elements = limits
+    monkeypatch.setattr(visibility, "WHOLE_BLOCK", whole)
+    monkeypatch.setattr(visibility, "SHARED_SPAN", shared)
+    monkeypatch.setattr(attention_spans, "PIECE_ELEMENTS", elements)
+    inputs, slope = inputs_of(2, 4, 2, 230, 6)
+    law = packed(2, 230, block_length)
+    ours = results_of(attention, inputs, law, "spans", slope)
+    for our, ref in zip(ours, results_of(attention_ref, inputs, law, "auto", slope)):
+        torch.testing.assert_close(our, ref, rtol=1e-4, atol=1e-5)
+
+
+def test_spans_hold_little_more_than_what_is_visible():
+    """Three documents: 64 text ids and scales of 1, 4, 9, ... 256 cells; a text of 300 ids; a picture and text behind it."""
+    scales = [side * side for side in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)]
+    documents = [[1] * 64 + scales, [1] * 300, scales + [1] * 64]
+    document = torch.cat([torch.full((sum(blocks),), d) for d, blocks in enumerate(documents)])
+    block = torch.cat([torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)) for blocks in documents])
+    law = Visibility(document[None], block[None])
+    spans = law.spans()
+    covered = torch.cat([torch.arange(span.queries.start, span.queries.stop) for span in spans])
+    assert torch.equal(covered, torch.arange(len(document)))
+    visible = int(law.mask_BLL().sum())
+    assert visible <= sum(span.pairs for span in spans) < 1.15 * visible
 
 
 def test_law_by_brute_force():
-    visibility = packed(3, 11)
-    mask = visibility.mask_BLL()
+    law = packed(3, 11)
+    mask = law.mask_BLL()
     for b in range(3):
         for q in range(11):
             for k in range(11):
-                same = visibility.document_BL[b, q] == visibility.document_BL[b, k]
-                assert mask[b, q, k] == (same and visibility.block_BL[b, k] <= visibility.block_BL[b, q])
+                same = law.document_BL[b, q] == law.document_BL[b, k]
+                assert mask[b, q, k] == (same and law.block_BL[b, k] <= law.block_BL[b, q])
 
 
 def test_flex_equals_reference_on_forward():
-    visibility = packed(2, 20)
+    law = packed(2, 20)
     q, k, v = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
     with torch.no_grad():
-        ours = attention(q, k, v, visibility, "flex")
-    torch.testing.assert_close(ours, attention_ref(q, k, v, visibility), rtol=1e-4, atol=1e-5)
+        ours = attention(q, k, v, law, "flex")
+    torch.testing.assert_close(ours, attention_ref(q, k, v, law), rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_masks():
@@ -77,33 +115,73 @@ def test_decoding_masks():
         torch.testing.assert_close(ours, attention_ref(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
-def test_masks_are_built_once():
-    visibility = packed(2, 8)
-    assert visibility.bias_B1LL(torch.float32) is visibility.bias_B1LL(torch.float32)
+def test_masks_tiles_and_spans_are_built_once():
+    law = packed(2, 8)
+    assert law.bias_B1LL(torch.float32) is law.bias_B1LL(torch.float32)
+    assert law.block_mask() is law.block_mask()
+    assert law.spans() is law.spans()
+
+
+def test_auto_takes_what_has_the_least_to_do():
+    def chosen(law, H, dtype):
+        B, L = law.document_BL.shape
+        return module._choose(torch.empty(B, H, L, 8, dtype=dtype), torch.empty(B, 1, L, 8, dtype=dtype), law)
+
+    short, many = packed(8, 40), Visibility(torch.arange(3000)[None] // 300, torch.arange(3000)[None] // 100)
+    assert chosen(short, 4, torch.bfloat16) == "dense"
+    assert chosen(short, 4, torch.float32) == "sdpa"
+    assert chosen(many, 4, torch.bfloat16) == chosen(many, 4, torch.float32) == "spans"
+    scattered = Visibility(torch.arange(3000)[None] % 10, torch.arange(3000)[None])
+    assert chosen(scattered, 8, torch.bfloat16) == "sdpa"
+    assert module._choose(torch.empty(1, 1, 1, 8), torch.empty(1, 1, 1, 8), None) == "sdpa"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flex trains on CUDA")
 def test_named_implementation_raises_where_it_cannot_run():
-    visibility = packed(1, 8)
+    law = packed(1, 8)
     q = torch.randn(1, 1, 8, 8, requires_grad=True)
     with pytest.raises(ValueError, match="'flex' has no backward on CPU"):
-        attention(q, q, q, visibility, "flex")
-    with pytest.raises(ValueError, match="packed batch"):
-        attention(q, q, q, None, "flex")
+        attention(q, q, q, law, "flex")
+    for name in ("flex", "spans"):
+        with pytest.raises(ValueError, match=f"'{name}' needs the documents and blocks of a packed batch"):
+            attention(q, q, q, None, name)
+    scattered = Visibility(torch.tensor([[0, 1, 0, 1, 0, 1, 0, 1]]), torch.arange(8)[None])
+    with pytest.raises(ValueError, match="'spans' needs each document in one piece"):
+        attention(q, q, q, scattered, "spans")
     with pytest.raises(ValueError, match="'triton'"):
-        attention(q, q, q, visibility, "triton")
+        attention(q, q, q, law, "triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flash may run on CUDA")
+def test_flash_says_why_it_cannot_run():
+    q = torch.randn(1, 1, 8, 8)
+    mask, text = torch.ones(1, 8, 8, dtype=torch.bool), Visibility(torch.zeros(1, 8), torch.arange(8)[None])
+    for law in (packed(1, 8), mask):
+        with pytest.raises(ValueError, match="'flash' is for calls without a mask or rows of one plain text"):
+            attention(q, q, q, law, "flash")
+    why = "on CUDA in float16 or bfloat16" if importlib.util.find_spec("flash_attn") else "is not installed"
+    for law in (text, None):
+        with pytest.raises(ValueError, match=why):
+            attention(q, q, q, law, "flash")
+
+
+def test_plain_text_is_causal():
+    L = 7
+    assert Visibility(torch.zeros(2, L), torch.arange(L).expand(2, L)).is_causal()
+    assert not Visibility(torch.zeros(1, L), torch.arange(L)[None] // 2).is_causal()
+    assert not Visibility(torch.arange(L)[None] // 4, torch.arange(L)[None]).is_causal()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_flex_equals_reference_on_cuda():
-    visibility = packed(2, 300)
-    visibility = Visibility(visibility.document_BL.cuda(), visibility.block_BL.cuda())
-    inputs = [torch.randn(2, heads, 300, 64, device="cuda") for heads in (4, 2, 2)]
-    results = []
-    for op, name in ((attention, "flex"), (attention_ref, "auto")):
-        copies = [tensor.clone().requires_grad_() for tensor in inputs]
-        out = op(*copies, visibility, name)
-        out.square().sum().backward()
-        results.append([out, *(tensor.grad for tensor in copies)])
-    for ours, ref in zip(*results):
-        torch.testing.assert_close(ours, ref, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize("name", ["flex", "flash"])
+def test_equals_reference_on_cuda(name):
+    if name == "flash":
+        pytest.importorskip("flash_attn")
+    dtype = torch.bfloat16 if name == "flash" else torch.float32
+    law = packed(2, 300)
+    law = Visibility(law.document_BL.cuda(), law.block_BL.cuda()) if name == "flex" else None
+    inputs, slope = inputs_of(2, 4, 2, 300, 64)
+    inputs, slope = [tensor.cuda() for tensor in inputs], slope.cuda()
+    ours = results_of(attention, inputs, law, name, slope, dtype)
+    for our, ref in zip(ours, results_of(attention_ref, inputs, law, "auto", slope)):
+        torch.testing.assert_close(our, ref, rtol=2e-2, atol=2e-2)
