@@ -1,4 +1,4 @@
-"""The command line: `python main.py fit | validate | test | predict -c CONFIG.yaml ...`, installed as `nextflow`.
+"""The command line: `python main.py fit | validate | test | predict | plan -c CONFIG.yaml ...`, installed as `nextflow`.
 
 It holds no model code: configs name everything by its import path. `docs/configs.md` explains how they compose.
 """
@@ -6,11 +6,12 @@ It holds no model code: configs name everything by its import path. `docs/config
 import os
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 
 if __name__ == "__main__":
-    # `python main.py` puts this folder on sys.path, where our `kernels` would shadow Hugging Face's package of that
-    # name; our own modules are found as `nextflow.*` through the installed package.
+    # `python main.py` puts this folder on sys.path, where our `kernels` would shadow Hugging Face's package of that name.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from jsonargparse import set_parsing_settings
@@ -18,31 +19,29 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 USAGE = "%(prog)s -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"  # Lightning's own fills a screen above every error
+USAGES = {name: {"usage": USAGE} for name in LightningCLI.subcommands()}
+PLAN = "One more: `plan -c CONFIG` prints parameters, bytes and FLOPs of a run without starting it (`plan --help`)."
 
 
 class NextFlowCLI(LightningCLI):
     """LightningCLI whose config alone decides the hyper-parameters and which explains a missing checkpoint."""
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the hyper-parameters stored in the checkpoint replace those of the config and of the
-        # command line here: `--ckpt_path last.ckpt --model.init_args.beta 0.5` would go on with the old beta.
+        # Lightning would let the checkpoint's hyper-parameters replace those of the config and of the command line here.
         subcommand = self.config.get("subcommand")
         path = str((self.config[subcommand].get("ckpt_path") if subcommand else None) or "")
         if not path or "://" in path or Path(path).exists() or (subcommand == "fit" and path in ("last", "hpc")):
             return
         hint = "`fit` writes it into the `dirpath` of ModelCheckpoint (last.ckpt with `save_last: true`)"
-        if subcommand == "fit":
-            hint += "; `--ckpt_path last` resumes if there is a checkpoint and starts from the beginning otherwise"
+        hint += "; `--ckpt_path last` resumes if there is one, else starts anew" if subcommand == "fit" else ""
         raise FileNotFoundError(f"--ckpt_path: there is no checkpoint {path!r}. {hint}.")
 
 
 def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
     """Parse a command line (default `sys.argv`) and, with `run`, execute it."""
-    # Fields of config dataclasses are documented by the string literal under each of them: show those in --help.
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    # Advice that would slow runs on few cores down, and a deprecation inside Lightning.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the literal under each field
+    # Advice that slows runs on few cores down, and a deprecation inside Lightning.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*isinstance.treespec, LeafSpec.*")
     return NextFlowCLI(
         LightningModule,
         LightningDataModule,
@@ -50,7 +49,7 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={name: {"usage": USAGE} for name in NextFlowCLI.subcommands()} if run else None,
+        parser_kwargs={"epilog": PLAN, **USAGES} if run else None,
         args=args,
         run=run,
     )
@@ -58,16 +57,18 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
 
 def main(args: ArgsType = None) -> None:
     """Entry point. A mistake of the user ends with one line; NEXTFLOW_TRACEBACK=1 shows where it was found."""
+    words = sys.argv[1:] if args is None else args
     try:
-        cli(args)
+        if isinstance(words, list) and words[:1] == ["plan"]:
+            import_module("nextflow.planning.command").main(words[1:])
+        else:
+            cli(args)
     except (ValueError, FileNotFoundError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse wraps what a constructor raises
             cause = cause.__cause__
-        frame = cause.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        module = str(frame.tb_frame.f_globals.get("__name__")) if frame else ""
+        *_, (frame, _) = walk_tb(cause.__traceback__)
+        module = str(frame.f_globals.get("__name__"))
         ours = isinstance(cause, FileNotFoundError) or module.split(".")[0] in ("nextflow", "__main__")
         if not ours or os.environ.get("NEXTFLOW_TRACEBACK") == "1":
             raise

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "datamodules": {"sequence"},
     "lightning_modules": LIBRARY,
     "callbacks": {"sequence", "evaluation"},
+    "planning": {"models", "sequence", "lightning_modules"},
 }
 TYPES_ONLY = {"lightning_modules": "nextflow.datamodules.batches", "callbacks": "nextflow.datamodules.batches"}
 WITHOUT_LIGHTNING = {"models", "sequence", "kernels", "generation", "evaluation"}
@@ -88,6 +89,13 @@ def test_main_imports_lightning_only() -> None:
     modules = {module.split(".")[0] for module, _, _ in imports_of((ROOT / "main.py").read_text(), "nextflow")}
     assert "nextflow" not in modules
     assert "lightning" in modules
+
+
+def test_main_hands_over_by_name_to_planning_alone() -> None:
+    """`plan` is not a subcommand of LightningCLI's: main.py passes its words on, and imports the module only then."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "main.py").read_text())) if isinstance(node, ast.Call)]
+    named = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "import_module"]
+    assert named == ["nextflow.planning.command"]
 
 
 def test_every_package_is_covered_by_a_rule() -> None:
