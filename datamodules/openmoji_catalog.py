@@ -117,10 +117,10 @@ class Drawing:
     @property
     def split(self) -> str:
         """train, validation or compositional; see the module's docstring."""
-        held_out = list(TONES.values())[int(_hash("tone", self.activity) * len(TONES))]
+        held_out = list(TONES.values())[int(unit_hash("tone", self.activity) * len(TONES))]
         if held_out in self.tones:
             return "compositional"
-        return "validation" if _hash("validation", self.code_points) < VALIDATION_FRACTION else "train"
+        return "validation" if unit_hash("validation", self.code_points) < VALIDATION_FRACTION else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,20 +185,20 @@ def select(drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0)
             others.setdefault(drawing.group, []).append(drawing)
     chosen: list[Drawing] = []
     activities = set()
-    for subject_key in sorted(subjects, key=lambda key: _hash(seed, key)):
+    for subject_key in sorted(subjects, key=lambda key: unit_hash(seed, key)):
         members = subjects[subject_key]
         if members[0].activity in activities or len(chosen) + len(members) > max_drawings * PEOPLE_FRACTION:
             continue
         activities.add(members[0].activity)
         chosen += members
     in_turn = zip_longest(
-        *(sorted(others[group], key=lambda drawing: _hash(seed, drawing.code_points)) for group in sorted(others))
+        *(sorted(others[group], key=lambda drawing: unit_hash(seed, drawing.code_points)) for group in sorted(others))
     )
     rest = [drawing for drawing in chain.from_iterable(in_turn) if drawing is not None]
     chosen += rest[: max_drawings - len(chosen)]
     return sorted(chosen, key=lambda drawing: drawing.hexcode)
 
 
-def _hash(*parts: object) -> float:
+def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends on the parts alone."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") / 2**64
