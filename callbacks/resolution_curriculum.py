@@ -25,6 +25,10 @@ class Stage:
     """Scale reweighting k_s = 1 / (h_s * w_s)^alpha; the paper: 0 at level 256, 0.9 from 512 on."""
     batch_size: int | None = None
     """Rows of a batch; null keeps data.batch_size."""
+    budget: int | None = None
+    """Work of a batch in positions, where data.packing is fixed_budget; null keeps data.budget."""
+    mixture: dict[str, float] | None = None
+    """Weights of a MixtureDataModule's sources, by name; sources left out are not read. null keeps their own weights."""
 
     def __post_init__(self) -> None:
         if self.num_batches < 1:
@@ -64,6 +68,10 @@ class ResolutionCurriculum(L.Callback):
             raise ValueError(
                 f"ResolutionCurriculum needs a DataModule with the attribute `stages`, not {type(datamodule).__name__}"
             )
+        names = getattr(datamodule, "source_names", [])
+        for name in [name for one in self.stages for name in one.mixture or ()]:
+            if name not in names:
+                raise ValueError(f"stages: mixture names {name!r}, but the sources of the data are {names}")
         datamodule.stages = list(self.stages)
         if getattr(pl_module, "total_steps", 0) is None:
             accumulate = trainer.accumulate_grad_batches

@@ -7,7 +7,7 @@ positions of all ranks are saved with the checkpoint. Nothing depends on how far
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from glob import glob
@@ -24,6 +24,7 @@ from nextflow.datamodules.streams import (
     Assembler,
     Health,
     Sample,
+    SampleStream,
     ShardFolder,
     ShuffledStream,
     evaluation_batches,
@@ -50,6 +51,9 @@ class Stage(Protocol):
     alpha: float
     num_batches: int
     batch_size: int | None
+    budget: int | None
+    mixture: Mapping[str, float] | None
+    """Weights by source name, for `MixtureDataModule`; None keeps those of its sources."""
 
 
 class Recipe(Protocol):
@@ -65,7 +69,7 @@ class Recipe(Protocol):
 class ShardDataModule(L.LightningDataModule):
     """A DataModule over tar shards. Subclasses say with a `Recipe` how samples become batches."""
 
-    sources = "shards"
+    shards_key = "shards"
     """The argument that names the data, for messages."""
 
     def __init__(
@@ -127,7 +131,7 @@ class ShardDataModule(L.LightningDataModule):
         """The batches of one epoch, from where the last one stopped."""
         recipe, pattern, num_batches = self.training_recipe(self.stage)
         place = self._at.setdefault(pattern, {"next": 0, "slots": {}})
-        data = _TrainingData(self, recipe, self.paths("train", pattern), pattern, place, num_batches)
+        data = _TrainingData(self, recipe, self.training_stream(pattern), pattern, place, num_batches)
         # Safe here: the workers' shares of an epoch add up to its length.
         warnings.filterwarnings("ignore", message=r"Your `IterableDataset` has `__len__` defined")
         return self._loader(data)
@@ -157,6 +161,16 @@ class ShardDataModule(L.LightningDataModule):
     def _loader(self, data: IterableDataset) -> DataLoader:
         return DataLoader(data, batch_size=None, num_workers=self.num_workers)
 
+    def training_stream(self, pattern: str) -> Callable[..., SampleStream]:
+        """Makes a stream over the shards of a pattern when it is called, in a loader's worker, with `slot` and `num_slots`."""
+        paths = self.paths("train", pattern)
+        return partial(ShuffledStream, paths, self.open, seed=self.seed, window_shards=self.window_shards)
+
+    @staticmethod
+    def pieces(sample: Sample) -> list[Sample]:
+        """What is read of a sample in evaluation: all of it at once, or its images one by one."""
+        return [sample]
+
     # Shards.
 
     def pattern(self, split: str) -> str:
@@ -166,7 +180,7 @@ class ShardDataModule(L.LightningDataModule):
             ValueError: `shards` has no such split.
         """
         if split not in self.shards:
-            raise ValueError(f"data.{self.sources} has no split {split!r}; it has {sorted(self.shards)}")
+            raise ValueError(f"data.{self.shards_key} has no split {split!r}; it has {sorted(self.shards)}")
         return self.shards[split]
 
     def source_files(self, split: str) -> list[Path]:
@@ -175,8 +189,11 @@ class ShardDataModule(L.LightningDataModule):
 
     def paths(self, split: str, pattern: str) -> list[Path]:
         """The shards of a pattern; the header of each is checked against this run when it is opened."""
-        how = MAKE_CODES if "{level}" in self.pattern(split) else MAKE_DOCUMENTS
-        paths = find_shards(pattern, f"data.shards.{split}", how)
+        return self.find(pattern, self.pattern(split), f"data.shards.{split}")
+
+    def find(self, pattern: str, template: str, key: str) -> list[Path]:
+        """The shards of a pattern; `template` is the pattern as it stands in the config, at `key`."""
+        paths = find_shards(pattern, key, MAKE_CODES if "{level}" in template else MAKE_DOCUMENTS)
         self.open.check = partial(check_header, schedule=self.schedule, fingerprint=self._fingerprint_of_module())
         self.open(paths[0])
         return paths
@@ -251,14 +268,14 @@ class _TrainingData(IterableDataset):
         self,
         owner: ShardDataModule,
         recipe: Recipe,
-        paths: list[Path],
+        make_stream: Callable[..., SampleStream],
         source: str,
         place: dict[str, Any],
         num_batches: int,
     ):
-        self.recipe, self.paths, self.source, self.place, self.num_batches = recipe, paths, source, place, num_batches
-        self.open, self.rank, self.seed = owner.open, owner.rank, owner.seed
-        self.window_shards, self.max_bad_fraction = owner.window_shards, owner.max_bad_fraction
+        self.recipe, self.make_stream, self.source = recipe, make_stream, source
+        self.place, self.num_batches = place, num_batches
+        self.rank, self.max_bad_fraction = owner.rank, owner.max_bad_fraction
 
     def __len__(self) -> int:
         return self.num_batches
@@ -268,14 +285,7 @@ class _TrainingData(IterableDataset):
         # The batch after the last consumed one comes first, whichever worker made it then.
         slot = (worker + self.place["next"]) % num_slots
         rank, num_ranks = self.rank
-        stream = ShuffledStream(
-            self.paths,
-            self.open,
-            seed=self.seed,
-            slot=rank * num_slots + slot,
-            num_slots=num_ranks * num_slots,
-            window_shards=self.window_shards,
-        )
+        stream = self.make_stream(slot=rank * num_slots + slot, num_slots=num_ranks * num_slots)
         position = self.place["slots"].get(slot)
         health = Health(self.max_bad_fraction)
         batches = train_batches(stream, self.recipe.read, self.recipe.assembler(), health, position)
@@ -287,6 +297,7 @@ class _TrainingData(IterableDataset):
 class _EvaluationData(IterableDataset):
     def __init__(self, owner: ShardDataModule, parts: list[tuple[Recipe, list[Sample]]]):
         self.parts = parts
+        self.pieces = owner.pieces
         self.chunk = CHUNK_BATCHES * owner.batch_size
         self.max_bad_fraction = owner.max_bad_fraction
 
@@ -299,6 +310,7 @@ class _EvaluationData(IterableDataset):
                 recipe.assembler(),
                 Health(self.max_bad_fraction),
                 chunk=self.chunk,
+                pieces=self.pieces,
                 worker=worker,
                 num_workers=num_workers,
             )

@@ -78,6 +78,10 @@ class PackedBatch:
     """Grids of each image in document order."""
     keys: tuple[str, ...] = ()
     """Key of each document."""
+    sources: tuple[str, ...] = ()
+    """Source of each document in a mixture, "" elsewhere."""
+    lengths: tuple[int, ...] = ()
+    """Positions of each document."""
     num_documents: int
     level: int
     split: str = "train"

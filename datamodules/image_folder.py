@@ -40,7 +40,7 @@ LONGEST_NAME = 80
 class ImageFolderDataModule(ImageDataModule):
     """Images without captions from folders."""
 
-    sources = "folders"
+    shards_key = "folders"
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class ImageFolderDataModule(ImageDataModule):
         """The pattern itself, which `ImageFolder` opens as one shard."""
         if not self.open(Path(pattern)).keys:
             raise FileNotFoundError(
-                f"data.{self.sources}.{split}: there are no images at {pattern!r}. "
+                f"data.{self.shards_key}.{split}: there are no images at {pattern!r}. "
                 "Give a folder that holds some, or a glob pattern of image files."
             )
         return [Path(pattern)]

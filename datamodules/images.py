@@ -13,7 +13,7 @@ import torch
 from nextflow.datamodules.base import Recipe, ShardDataModule, Stage
 from nextflow.datamodules.batches import ImageBatch
 from nextflow.datamodules.pixels import ImageCache, crop_box, fit_image
-from nextflow.datamodules.streams import Read, Sample
+from nextflow.datamodules.streams import BROKEN, Read, Sample
 from nextflow.sequence.scales import Grid, ScaleSchedule
 
 
@@ -104,6 +104,15 @@ class ImageDataModule(ShardDataModule):
             min_crop_scale=self.min_crop_scale,
         )
         return recipe, pattern, num_batches
+
+    @staticmethod
+    def pieces(sample: Sample) -> list[Sample]:
+        """One for each image of the document."""
+        try:
+            count = len(image_names(sample.shard.record(sample.key)))
+        except BROKEN:
+            count = 1  # reading it will say what is wrong
+        return [sample._replace(part=part) for part in range(count)]
 
     def evaluation_recipes(self, split: str, predict: bool) -> list[tuple[Recipe, str]]:
         return [
@@ -201,16 +210,18 @@ class _ImageRecipe:
     def read(self, sample: Sample) -> LoadedImage:
         record = self._record(sample)
         names = image_names(record)
-        if len(names) != 1:
-            raise ValueError(f"has {len(names)} images; this DataModule takes documents with one")
-        image = self.cache.read(sample, names[0])
+        if not names:
+            raise ValueError("has no image")
+        draw = sample.random(self.seed)
+        # Evaluation and `predict` name each image in turn; training takes one of a document per pass.
+        name = names[sample.part] if sample.part is not None else draw.choice(names) if len(names) > 1 else names[0]
+        image = self.cache.read(sample, name)
         base_grid = self.schedule.base_grid(image.height / image.width)
         ratio = base_grid[0] / base_grid[1]
         augment = self.horizontal_flip or self.min_crop_scale < 1 or len(self.levels) > 1
         if not augment:
             level, box, flip = self.levels[0], None, False
         else:
-            draw = sample.random(self.seed)
             level = draw.choice(self.levels)
             scale = draw.uniform(self.min_crop_scale, 1.0)
             pixels = self.schedule.pixels(level, ratio)
@@ -218,7 +229,7 @@ class _ImageRecipe:
             flip = self.horizontal_flip and draw.random() < 0.5
         pixels_CHW = fit_image(image, self.schedule.pixels(level, ratio), box)
         bucket = Bucket(level, ratio, self.schedule.grids(level, ratio))
-        return LoadedImage(bucket, pixels_CHW.flip(2) if flip else pixels_CHW, sample, names[0], record)
+        return LoadedImage(bucket, pixels_CHW.flip(2) if flip else pixels_CHW, sample, name, record)
 
     def assembler(self) -> Buckets:
         return Buckets(self.batch_size, self.split)

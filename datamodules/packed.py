@@ -4,139 +4,142 @@ A document is read, arranged (which segments in which order, which are trained o
 codes; from document shards the batch carries the images and the module encodes them on the fly.
 """
 
-import random
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
+from nextflow.datamodules.arrangements import Arrangement, Part
 from nextflow.datamodules.base import Recipe, ShardDataModule, Stage
-from nextflow.datamodules.batches import PackedBatch
+from nextflow.datamodules.packs import Filling, Item, Packs
 from nextflow.datamodules.pixels import ImageCache, fit_image
-from nextflow.datamodules.streams import Read, Sample
+from nextflow.datamodules.streams import Sample
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
+from nextflow.sequence.flops import DecoderShape, FlopsModel, document_work
 from nextflow.sequence.image_layout import LayoutConfig
-from nextflow.sequence.layout import lay_out
-from nextflow.sequence.packing import Packing, document_length, pack_fixed_length, pack_padded
+from nextflow.sequence.packing import Packing, document_length
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import decode_codes
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
 
 
-class Part(NamedTuple):
-    """A segment of a document, with its pixels if it is an image without codes."""
-
-    segment: TextSegment | ImageSegment
-    pixels_CHW: Tensor | None = None
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is a text."""
-        return isinstance(self.segment, TextSegment)
-
-    def with_loss(self, loss: bool) -> "Part":
-        """The same part, trained on or not."""
-        return Part(replace(self.segment, loss=loss), self.pixels_CHW)
-
-
-Arrange = Callable[[list[Part], random.Random | None], list[Part]]
-"""Parts in stored order -> as they are trained on. The generator is for random decisions in training, None in evaluation."""
-
-
+@dataclass(kw_only=True, eq=False, repr=False)
 class PackedDataModule(ShardDataModule):
-    """Packed rows from document or token shards. Subclasses decide how documents are arranged."""
+    """Packed rows from document or token shards: the options that all data types share.
 
-    def __init__(
-        self,
-        *,
-        arrange: Arrange,
-        shards: Mapping[str, str],
-        text_tokenizer: str,
-        codebook_size: int,
-        schedule: ScaleSchedule,
-        level: int,
-        batch_size: int,
-        layout: LayoutConfig,
-        packing: Packing,
-        max_length: int | None,
-        batches_per_epoch: int | None,
-        validation_splits: list[str],
-        test_splits: list[str],
-        predict_splits: list[str] | None,
-        window_shards: int,
-        cache_megabytes: int,
-        num_workers: int,
-        seed: int,
-        max_bad_fraction: float,
-    ):
+    A subclass says in `arrange` how its documents are arranged; its own options are further fields.
+    """
+
+    shards: dict[str, str]
+    """Split -> glob pattern of document or token shards; `{level}` in it stands for the level."""
+    text_tokenizer: str
+    """Local folder of a Hugging Face tokenizer. (The attribute holds the tokenizer itself.)"""
+    codebook_size: int
+    """Number of codes of the image tokenizer."""
+    level: int
+    """Level to train at; a ResolutionCurriculum sets it per stage."""
+    schedule: ScaleSchedule = ScaleSchedule()  # noqa: RUF009 (frozen)
+    """Scale schedule."""
+    batch_size: int = 32
+    """Documents (padded) or rows (fixed_length) per batch and device; 1 with fixed_budget."""
+    layout: LayoutConfig = LayoutConfig()  # noqa: RUF009 (frozen)
+    """Positions, weights and resizing of the sequence."""
+    packing: Packing = "padded"
+    """padded (one document per row), fixed_length (rows of max_length, filled with documents) or fixed_budget (one row of equal
+    work per batch)."""
+    max_length: int | None = None
+    """Positions of a row; longer documents are skipped, longer texts without images are cut."""
+    budget: int | None = None
+    """Work of a batch in positions, for fixed_budget. A position that sees and predicts nothing counts 1; attention, targets
+    and image cells come on top. Documents of more work are skipped."""
+    transformer: DecoderShape | None = None
+    """The sizes of model.transformer, from which fixed_budget computes the work of a document."""
+    batches_per_epoch: int | None = None
+    """Training batches of an epoch; one pass over the data if not given (padded only)."""
+    validation_splits: list[str] = field(default_factory=lambda: ["validation"])
+    """Splits of validation."""
+    test_splits: list[str] = field(default_factory=lambda: ["validation"])
+    """Splits of `test`."""
+    predict_splits: list[str] | None = None
+    """Splits of `predict`; all of `shards` if not given."""
+    window_shards: int = 16
+    """Shards that are shuffled together."""
+    cache_megabytes: int = 512
+    """Memory for decoded documents, per process."""
+    num_workers: int = 0
+    """Loader processes."""
+    seed: int = 0
+    """Of the order and of all that is random about a document."""
+    max_bad_fraction: float = 0.01
+    """Stop when more samples than this cannot be read."""
+
+    def __post_init__(self) -> None:
         super().__init__(
-            shards=shards,
-            schedule=schedule,
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            validation_splits=validation_splits,
-            test_splits=test_splits,
-            predict_splits=predict_splits,
-            window_shards=window_shards,
-            num_workers=num_workers,
-            seed=seed,
-            max_bad_fraction=max_bad_fraction,
+            shards=self.shards,
+            schedule=self.schedule,
+            batch_size=self.batch_size,
+            batches_per_epoch=self.batches_per_epoch,
+            validation_splits=self.validation_splits,
+            test_splits=self.test_splits,
+            predict_splits=self.predict_splits,
+            window_shards=self.window_shards,
+            num_workers=self.num_workers,
+            seed=self.seed,
+            max_bad_fraction=self.max_bad_fraction,
         )
-        schedule.num_scales(level)
-        if packing == "fixed_length" and max_length is None:
-            raise ValueError("data.packing = fixed_length needs data.max_length, the length of a row")
-        self.arrange = arrange
-        self.level = level
-        self.layout = layout
-        self.packing = packing
-        self.max_length = max_length
-        self.codebook_size = codebook_size
-        self.text_tokenizer = load_text_tokenizer(text_tokenizer)
+        self.schedule.num_scales(self.level)
+        self.filling = Filling(
+            packing=self.packing, batch_size=self.batch_size, max_length=self.max_length, budget=self.budget
+        )
+        if self.packing == "fixed_budget" and self.transformer is None:
+            raise ValueError("data.packing = fixed_budget needs data.transformer, the sizes of model.transformer")
+        tokenizer = load_text_tokenizer(self.text_tokenizer)
+        # From here on the tokenizer itself, which modules compare with theirs.
+        self.text_tokenizer = tokenizer  # type: ignore[assignment]
+        self.encode_text = tokenizer.encode
         self.vocabulary = Vocabulary(
-            text_size=self.text_tokenizer.size,
-            codebook_size=codebook_size,
-            start_id=self.text_tokenizer.start_id,
-            end_id=self.text_tokenizer.end_id,
+            text_size=tokenizer.size,
+            codebook_size=self.codebook_size,
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
         )
-        self.cache = _DocumentCache(cache_megabytes)
+        self.arrangements = {name: one.within(self.max_length) for name, one in self.arrange().items()}
+        self.cache = _DocumentCache(self.cache_megabytes)
 
-    def training_recipe(self, stage: Stage | None) -> tuple["_PackedRecipe", str, int]:
-        level = self.level if stage is None else stage.level
-        batch_size = self.batch_size if stage is None or stage.batch_size is None else stage.batch_size
-        pattern = self.pattern("train").replace("{level}", str(level))
-        paths = self.paths("train", pattern)
-        layout = self.layout if stage is None else replace(self.layout, alpha=stage.alpha)
-        recipe = self._recipe("train", level, batch_size, layout)
+    @abstractmethod
+    def arrange(self) -> Mapping[str, Arrangement]:
+        """How documents are arranged, by the name of their source; "" where there is one source."""
+
+    def training_recipe(self, stage: Stage | None) -> tuple[Recipe, str, int]:
+        recipe = self.recipe("train", stage, training=True)
+        pattern = self.pattern("train").replace("{level}", str(recipe.level))
         if stage is not None:
-            num_batches = stage.num_batches
-        elif self.batches_per_epoch is not None:
-            num_batches = self.batches_per_epoch
-        elif self.packing == "padded":
-            num_batches = max(1, sum(len(self.open(path)) for path in paths) // (batch_size * self.rank[1]))
-        else:
+            return recipe, pattern, stage.num_batches
+        if self.batches_per_epoch is not None:
+            return recipe, pattern, self.batches_per_epoch
+        if self.packing != "padded":
             raise ValueError(
                 f"data.packing = {self.packing} needs data.batches_per_epoch: rows hold any number of documents"
             )
-        return recipe, pattern, num_batches
+        num_documents = sum(len(self.open(path)) for path in self.paths("train", pattern))
+        return recipe, pattern, max(1, num_documents // (self.batch_size * self.rank[1]))
 
     def evaluation_recipes(self, split: str, predict: bool) -> list[tuple[Recipe, str]]:
-        stage = None if predict else self.stage
+        recipe = self.recipe(split, None if predict else self.stage)
+        return [(recipe, self.pattern(split).replace("{level}", str(recipe.level)))]
+
+    def recipe(self, split: str, stage: Stage | None, *, source: str = "", training: bool = False) -> "PackedRecipe":
+        """How documents become batches in a stage; the sizes of batches are the stage's in training alone."""
+        layout, filling = self.layout, self.filling
+        if stage is not None:
+            layout = replace(layout, alpha=stage.alpha)
+            # The budget in evaluation too: it decides which documents are too large.
+            filling = replace(filling, budget=stage.budget or filling.budget)
+        if stage is not None and training:
+            filling = replace(filling, batch_size=stage.batch_size or filling.batch_size)
         level = self.level if stage is None else stage.level
-        layout = self.layout if stage is None else replace(self.layout, alpha=stage.alpha)
-        pattern = self.pattern(split).replace("{level}", str(level))
-        return [(self._recipe(split, level, self.batch_size, layout), pattern)]
-
-    def _recipe(self, split: str, level: int, batch_size: int, layout: LayoutConfig) -> "_PackedRecipe":
-        return _PackedRecipe(self, split, level, batch_size, layout)
-
-
-class _Item(NamedTuple):
-    document: Document
-    images: list[Tensor]
-    length: int
-    key: str
+        return PackedRecipe(self, split, level, filling, layout, source=source, training=training)
 
 
 @dataclass
@@ -149,25 +152,52 @@ class _Stored:
     """Place in the document, file and loss of images without codes."""
 
 
-class _PackedRecipe:
-    def __init__(self, owner: PackedDataModule, split: str, level: int, batch_size: int, layout: LayoutConfig):
-        self.split, self.level, self.batch_size, self.layout = split, level, batch_size, layout
-        self.arrange, self.cache, self.schedule = owner.arrange, owner.cache, owner.schedule
-        self.vocabulary, self.text_tokenizer = owner.vocabulary, owner.text_tokenizer
-        self.packing, self.max_length, self.seed = owner.packing, owner.max_length, owner.seed
+class PackedRecipe:
+    """Reads, arranges and lays out documents of one level."""
 
-    def read(self, sample: Sample) -> _Item:
-        draw = sample.random(self.seed) if self.split == "train" else None
-        parts = self.arrange(self._parts(sample), draw)
+    def __init__(
+        self,
+        owner: PackedDataModule,
+        split: str,
+        level: int,
+        filling: Filling,
+        layout: LayoutConfig,
+        *,
+        source: str,
+        training: bool,
+    ):
+        self.training = training
+        self.split, self.level, self.filling, self.layout, self.source = split, level, filling, layout, source
+        self.arrangements, self.cache, self.schedule = owner.arrangements, owner.cache, owner.schedule
+        self.vocabulary, self.encode_text = owner.vocabulary, owner.encode_text
+        self.max_length, self.seed = owner.max_length, owner.seed
+        shape = owner.transformer
+        self.flops = None if shape is None else FlopsModel(shape=shape, vocabulary_size=owner.vocabulary.size)
+
+    def read(self, sample: Sample) -> Item:
+        """The document, arranged; what is random about it is so in training alone."""
+        draw = sample.random(self.seed) if self.training else None
+        source = sample.source or self.source
+        parts = self.arrangements[source](self._parts(sample), draw)
         document = Document(segments=tuple(part.segment for part in parts))
         length = document_length(document, feed_last_scale=self.layout.feed_last_scale)
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"has {length} positions, more than data.max_length = {self.max_length}")
         images = [part.pixels_CHW for part in parts if part.pixels_CHW is not None]
-        return _Item(document, images, length, sample.key)
+        return Item(document, images, length, self._cost(document), sample.key, source)
 
-    def assembler(self) -> "_Packs":
-        return _Packs(self)
+    def assembler(self) -> Packs:
+        """Packs of this level."""
+        return Packs(self.filling, vocabulary=self.vocabulary, layout=self.layout, level=self.level, split=self.split)
+
+    def _cost(self, document: Document) -> float:
+        budget = self.filling.budget
+        if self.filling.packing != "fixed_budget" or budget is None or self.flops is None:
+            return 0.0
+        cost = self.flops.in_positions(document_work(document, feed_last_scale=self.layout.feed_last_scale))
+        if cost > budget:
+            raise ValueError(f"has the work of {cost:.0f} positions, more than data.budget = {budget}")
+        return cost
 
     def _parts(self, sample: Sample) -> list[Part]:
         stored = self.cache.get(sample, self._store)
@@ -189,7 +219,7 @@ class _PackedRecipe:
         for place, segment in enumerate(sample.shard.record(sample.key)["segments"]):
             loss = bool(segment.get("loss", True))
             if "text" in segment:
-                ids = self.text_tokenizer.encode(segment["text"])
+                ids = self.encode_text(segment["text"])
                 if ids:
                     stored.texts.append((place, TextSegment(ids=ids, loss=loss)))
                 continue
@@ -242,67 +272,3 @@ class _DocumentCache:
                 self.free -= size
                 self._documents[key] = stored
         return stored
-
-
-class _Packs:
-    """Collects documents until a batch of rows is full."""
-
-    def __init__(self, recipe: _PackedRecipe):
-        self.recipe = recipe
-        self._reads: list[Read[_Item]] = []
-        self._length = 0
-
-    def add(self, read: Read[_Item]) -> PackedBatch | None:
-        self._reads.append(read)
-        self._length += read.item.length
-        recipe = self.recipe
-        if recipe.packing == "padded":
-            return self._batch(pack_padded(self._lengths())) if len(self._reads) >= recipe.batch_size else None
-        assert recipe.max_length is not None
-        # More positions than the rows have room for: first fit opens one row too many, so the others are as full as they get.
-        if self._length <= recipe.batch_size * recipe.max_length:
-            return None
-        return self._batch(pack_fixed_length(self._lengths(), recipe.max_length)[: recipe.batch_size])
-
-    def pending(self) -> list[Read[_Item]]:
-        return list(self._reads)
-
-    def flush(self) -> list[PackedBatch]:
-        batches = []
-        while self._reads:
-            length = self.recipe.max_length
-            fixed = self.recipe.packing == "fixed_length" and length is not None
-            rows = pack_fixed_length(self._lengths(), length or 0) if fixed else pack_padded(self._lengths())
-            batches.append(self._batch(rows[: self.recipe.batch_size]))
-        return batches
-
-    def _lengths(self) -> list[int]:
-        return [read.item.length for read in self._reads]
-
-    def _batch(self, rows: list[list[int]]) -> PackedBatch:
-        recipe = self.recipe
-        taken = [index for row in rows for index in row]
-        items = [self._reads[index].item for index in taken]
-        packed = lay_out(
-            [[self._reads[index].item.document for index in row] for row in rows],
-            recipe.vocabulary,
-            recipe.layout,
-            recipe.max_length if recipe.packing == "fixed_length" else None,
-        )
-        left = set(range(len(self._reads))) - set(taken)
-        self._reads = [self._reads[index] for index in sorted(left)]
-        self._length = sum(self._lengths())
-        return PackedBatch(
-            rows=packed,
-            images=tuple(image for item in items for image in item.images),
-            grids=tuple(
-                segment.grids
-                for item in items
-                for segment in item.document.segments
-                if isinstance(segment, ImageSegment)
-            ),
-            keys=tuple(item.key for item in items),
-            num_documents=len(items),
-            level=recipe.level,
-            split=recipe.split,
-        )

@@ -1,4 +1,4 @@
-"""Streams of samples from shards that can be stopped and taken up again at the same sample.
+"""Streams of samples from shards that can be stopped and taken up again at the same sample. (`mixing.py` mixes several.)
 
 A stream never ends. Pass p visits the shards in an order drawn from (seed, p), a window of shards at a time; within a window
 all samples are in an order drawn from (seed, p, window). A place in it is three numbers, (pass, window, offset), so the
@@ -10,7 +10,7 @@ samples of each window.
 
 import logging
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
 from pathlib import Path
@@ -40,6 +40,8 @@ class Place(NamedTuple):
     """Pass over the data."""
     window: int
     offset: int
+    source: str = ""
+    """Which of the streams of a mixture it belongs to."""
 
 
 class Sample(NamedTuple):
@@ -49,6 +51,10 @@ class Sample(NamedTuple):
     key: str
     number: int
     """Pass over the data: with the seed and the key it decides everything random about the sample."""
+    source: str = ""
+    """Name of its source in a mixture."""
+    part: int | None = None
+    """Which image of its document, where images are evaluated one by one."""
 
     def random(self, seed: int) -> random.Random:
         """A generator that depends on (seed, pass, key) alone, not on worker, batch or what came before."""
@@ -113,6 +119,22 @@ class ShardFolder:
         return shard
 
 
+class SampleStream(Protocol):
+    """An endless stream of samples."""
+
+    def advance(self) -> tuple[Place, Sample]:
+        """The next sample and its place."""
+
+    def at(self, place: Place) -> Sample | None:
+        """The sample at a place; None if the stream does not read there now."""
+
+    def position(self) -> Any:
+        """Where it stands, in plain JSON types."""
+
+    def go_to(self, position: Any) -> None:
+        """Goes on from where `position` was taken."""
+
+
 class ShuffledStream:
     """An endless stream over its part of the samples of some shards."""
 
@@ -148,7 +170,7 @@ class ShuffledStream:
 
     def advance(self) -> tuple[Place, Sample]:
         """The next sample and its place."""
-        number, window, offset = self.next_place
+        number, window, offset, _ = self.next_place
         empty = 0
         while offset >= len(order := self._samples(number, window)):
             empty += not order
@@ -166,6 +188,15 @@ class ShuffledStream:
         """The sample at a place."""
         path, key = self._samples(place.number, place.window)[place.offset]
         return Sample(self.folder(path), key, place.number)
+
+    def position(self) -> list[int]:
+        """The three numbers of the next place."""
+        return list(self.next_place[:3])
+
+    def go_to(self, position: Sequence[int]) -> None:
+        """Makes `position` the next place."""
+        number, window, offset = position
+        self.next_place = Place(number, window, offset)
 
     @property
     def _deals_shards(self) -> bool:
@@ -194,12 +225,12 @@ class ShuffledStream:
 
 
 class Health:
-    """Counts samples that cannot be read and stops the run when they are too many."""
+    """Counts samples that cannot be read, of each source by itself, and stops the run when they are too many."""
 
     def __init__(self, max_bad_fraction: float):
         self.max_bad_fraction = max_bad_fraction
-        self.num_read = 0
-        self.num_bad = 0
+        self.num_read: Counter[str] = Counter()
+        self.num_bad: Counter[str] = Counter()
 
     def read(self, reader: Callable[[Sample], Item], sample: Sample) -> Item | None:
         """What `reader` makes of the sample, or None (logged and counted) if it cannot be read.
@@ -207,21 +238,24 @@ class Health:
         Raises:
             ValueError: more than `max_bad_fraction` cannot be read.
         """
-        self.num_read += 1
+        source = sample.source
+        self.num_read[source] += 1
         try:
             return reader(sample)
         except BROKEN as error:
-            self.num_bad += 1
+            self.num_bad[source] += 1
             log.warning("skipped %s, key %s: %s", sample.shard.path, sample.key, error)
-            self.check(max(self.num_read, MIN_SAMPLES_OF_FRACTION), error)
+            self.check(source, max(self.num_read[source], MIN_SAMPLES_OF_FRACTION), error)
             return None
 
-    def check(self, num_read: int, error: Exception | None = None) -> None:
-        """Raises if too many of `num_read` samples were bad."""
-        if self.num_bad > self.max_bad_fraction * num_read:
+    def check(self, source: str, num_read: int | None = None, error: Exception | None = None) -> None:
+        """Raises if too many of `num_read` samples (default: of all that were read) of a source were bad."""
+        num_read = self.num_read[source] if num_read is None else num_read
+        if self.num_bad[source] > self.max_bad_fraction * num_read:
             raise ValueError(
-                f"{self.num_bad} of {self.num_read} samples cannot be read, more than `data.max_bad_fraction` = "
-                f"{self.max_bad_fraction}; the warnings above name shard and key of each. Mend them, or raise the key."
+                f"{self.num_bad[source]} of {num_read} samples{f' of {source}' if source else ''} cannot be read, more than "
+                f"`data.max_bad_fraction` = {self.max_bad_fraction}; the warnings above name shard and key of each. "
+                "Mend them, or raise the key."
             ) from error
 
 
@@ -233,7 +267,7 @@ class Read(NamedTuple, Generic[Item]):
 
 
 def train_batches(
-    stream: ShuffledStream,
+    stream: SampleStream,
     reader: Callable[[Sample], Item],
     assembler: Assembler[Read[Item], Batch],
     health: Health,
@@ -248,34 +282,44 @@ def train_batches(
         health: counts what cannot be read.
         position: of the batch after which to go on; None for the beginning.
     """
+    absent: list[Place] = []
 
-    def after(remaining: list[list[int]]) -> dict[str, Any]:
-        return {
-            "next": list(stream.next_place),
-            "pending": [list(read.place) for read in assembler.pending()] + remaining,
-        }
+    def after(remaining: Sequence[Place]) -> dict[str, Any]:
+        places = [*(read.place for read in assembler.pending()), *remaining, *absent]
+        return {"next": stream.position(), "pending": [list(place) for place in places]}
 
     if position is not None:
-        stream.next_place = Place(*position["next"])
-        for index, numbers in enumerate(position["pending"]):
-            batch = assembler.add(Read(Place(*numbers), reader(stream.at(Place(*numbers)))))
+        stream.go_to(position["next"])
+        places = [Place(*numbers) for numbers in position["pending"]]
+        samples = [(place, stream.at(place)) for place in places]
+        # What belongs to a source that this stage of a curriculum does not read waits for a stage that does.
+        absent = [place for place, sample in samples if sample is None]
+        pending = [(place, sample) for place, sample in samples if sample is not None]
+        for index, (place, sample) in enumerate(pending):
+            item = health.read(reader, sample)
+            batch = None if item is None else assembler.add(Read(place, item))
             if batch is not None:  # a later stage of a curriculum may have smaller batches
-                yield batch, after(position["pending"][index + 1 :])
-    number, num_good = stream.next_place.number, 0
+                yield batch, after([place for place, _ in pending[index + 1 :]])
+    passes: dict[str, int] = {}
+    num_good: Counter[str] = Counter()
+    whole: set[str] = set()  # sources whose pass was seen from its beginning: enough to judge a small data set by
     while True:
         place, sample = stream.advance()
-        if place.number != number:
-            # A whole pass is enough to judge a small data set by.
-            health.check(health.num_read)
-            if not num_good and position is None and number == 0:
+        source = place.source
+        if passes.get(source) != place.number:
+            if source in passes:
+                health.check(sample.source)
+            if source in whole and not num_good[source]:
                 raise ValueError(
-                    f"none of the samples beside {stream.paths[0]} can be used; the warnings above say why"
+                    f"none of the samples beside {sample.shard.path} can be used; the warnings above say why"
                 )
-            number = place.number
+            if source in passes or (place.window, place.offset) == (0, 0):
+                whole.add(source)
+            passes[source] = place.number
         item = health.read(reader, sample)
         if item is None:
             continue
-        num_good += 1
+        num_good[source] += 1
         batch = assembler.add(Read(place, item))
         if batch is not None:
             yield batch, after([])
@@ -288,15 +332,17 @@ def evaluation_batches(
     health: Health,
     *,
     chunk: int,
+    pieces: Callable[[Sample], Sequence[Sample]],
     worker: int = 0,
     num_workers: int = 1,
 ) -> Iterator[Batch]:
-    """Each sample once. A worker takes every `num_workers`-th chunk of samples, and no batch crosses chunks, so that the
-    batches do not depend on the number of workers."""
+    """Each piece of each sample once. A worker takes every `num_workers`-th chunk of samples, and no batch crosses chunks, so
+    that the batches do not depend on the number of workers."""
     for start in range(worker * chunk, len(samples), num_workers * chunk):
         for offset, sample in enumerate(samples[start : start + chunk], start):
-            item = health.read(reader, sample)
-            batch = None if item is None else assembler.add(Read(Place(0, 0, offset), item))
-            if batch is not None:
-                yield batch
+            for piece in pieces(sample):
+                item = health.read(reader, piece)
+                batch = None if item is None else assembler.add(Read(Place(0, 0, offset), item))
+                if batch is not None:
+                    yield batch
         yield from assembler.flush()

