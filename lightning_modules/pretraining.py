@@ -23,14 +23,15 @@ from nextflow.generation.requests import Generated, GenerationRequest
 from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
+from nextflow.lightning_modules.answering import generated_of, request_of
+from nextflow.lightning_modules.encoding import encode_pixels
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
 from nextflow.lightning_modules.token_metrics import TokenMetrics
-from nextflow.lightning_modules.tokenizer import load_tokenizer, to_signed
+from nextflow.lightning_modules.tokenizer import load_tokenizer
 from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, initial_weights
 from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
-from nextflow.sequence.documents import ImageSegment, Segment, TextSegment
 from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import PADDING, PackedRows
@@ -235,42 +236,25 @@ class PretrainingModule(L.LightningModule):
         """Answer a PromptBatch: an image or a text per prompt, in order."""
         from nextflow.generation.engine import generate
 
-        requests = [self._request(prompt) for prompt in batch.prompts]
+        requests = [self.request(prompt) for prompt in batch.prompts]
         results = generate(
             self.transformer, requests, layout=self.layout, tokenizer=self.tokenizer, sampling=self.sampling
         )
-        return [
-            Generated(
-                index=prompt.index,
-                prompt=prompt.text,
-                seed=prompt.seed,
-                level=prompt.level,
-                aspect_ratio=prompt.aspect_ratio,
-                key=prompt.key,
-                split=prompt.split,
-                image=result.image,
-                text=self.text_tokenizer.decode(result.text_ids) if prompt.task == "text" else None,
-            )
-            for prompt, result in zip(batch.prompts, results)
-        ]
+        return [generated_of(prompt, result, self.text_tokenizer) for prompt, result in zip(batch.prompts, results)]
 
-    def _request(self, prompt) -> GenerationRequest:
-        segments: list[Segment] = []
-        for segment in prompt.segments:
-            if isinstance(segment, (TextSegment, ImageSegment)):
-                segments.append(segment)
-            else:  # pixels
-                (code_N,) = self._encode([segment.pixels_CHW], [segment.grids])
-                segments.append(ImageSegment(grids=segment.grids, codes=code_N.cpu()))
-        image = prompt.task == "image"
-        return GenerationRequest(
-            segments=tuple(segments),
-            task=prompt.task,
-            grids=self.schedule.grids(prompt.level, prompt.aspect_ratio) if image else (),
-            seed=prompt.seed,
-            guidance=self.guidance if image else 0.0,
+    def request(self, prompt: Any) -> GenerationRequest:
+        """What the generation engine is asked for a prompt of a PromptBatch, pictures encoded."""
+        return request_of(
+            prompt,
+            schedule=self.schedule,
+            encode=self.encode,
+            guidance=self.guidance,
             max_text_tokens=self.max_text_tokens,
         )
+
+    def encode(self, images: Sequence[Tensor], grids: Sequence[tuple[Grid, ...]]) -> list[Tensor]:
+        """Codes int64 [N] of uint8 images [3, H, W] of any mix of sizes, by the frozen tokenizer, in their order."""
+        return encode_pixels(self.tokenizer, images, grids, self.device)
 
     # Checkpoints
 
@@ -314,23 +298,8 @@ class PretrainingModule(L.LightningModule):
     def _with_codes(self, batch) -> PackedRows:
         if not batch.images:
             return batch.rows
-        code_N = torch.cat(self._encode(batch.images, batch.grids))
+        code_N = torch.cat(self.encode(batch.images, batch.grids))
         return batch.rows.with_codes(code_N, code_offset=self.config.vocabulary.code_offset)
-
-    @torch.no_grad()
-    def _encode(self, images: Sequence[Tensor], grids: Sequence[tuple[Grid, ...]]) -> list[Tensor]:
-        """Codes [N] of uint8 images of any mix of sizes, in their order; images of equal grids are encoded together."""
-        if next(self.tokenizer.parameters()).device != self.device:
-            self.tokenizer.to(self.device)
-        groups: dict[tuple[Grid, ...], list[int]] = {}
-        for index, of_image in enumerate(grids):
-            groups.setdefault(of_image, []).append(index)
-        codes: dict[int, Tensor] = {}
-        with torch.autocast(self.device.type, enabled=False):
-            for of_image, indices in groups.items():
-                images_BCHW = torch.stack([images[index] for index in indices]).to(self.device)
-                codes.update(zip(indices, self.tokenizer.encode(to_signed(images_BCHW), of_image).target_codes_BN))
-        return [codes[index] for index in range(len(images))]
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value

@@ -82,7 +82,7 @@ def batches(module, raw=True, alpha=0.0):
             grids.append(of_image)
             height, width = of_image[-1]
             images.append(torch.randint(0, 256, (3, 8 * height, 8 * width), generator=generator, dtype=torch.uint8))
-            codes = None if raw else module._encode([images[-1]], [of_image])[0]
+            codes = None if raw else module.encode([images[-1]], [of_image])[0]
             text = TextSegment(ids=torch.randint(2, 250, (2 + index,), generator=generator).tolist())
             documents.append([Document(segments=(text, ImageSegment(grids=of_image, codes=codes), text))])
         rows = lay_out(documents, module.config.vocabulary, LayoutConfig(alpha=alpha))
