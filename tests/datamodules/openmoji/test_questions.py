@@ -4,10 +4,10 @@ from itertools import islice
 
 import pytest
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_phrases import NUMBERS
-from nextflow.datamodules.openmoji_questions import questions
-from nextflow.datamodules.openmoji_world import kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.phrases import NUMBERS
+from nextflow.datamodules.openmoji.questions import questions
+from nextflow.datamodules.openmoji.world import kept
 
 
 @pytest.fixture(scope="module")

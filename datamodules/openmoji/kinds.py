@@ -6,15 +6,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_edits import edits
-from nextflow.datamodules.openmoji_examples import examples
-from nextflow.datamodules.openmoji_facts import facts
-from nextflow.datamodules.openmoji_questions import questions
-from nextflow.datamodules.openmoji_reasoning import reasoning
-from nextflow.datamodules.openmoji_scenes import scenes
-from nextflow.datamodules.openmoji_stories import stories
-from nextflow.datamodules.openmoji_world import MojiDocument, World, kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.edits import edits
+from nextflow.datamodules.openmoji.examples import examples
+from nextflow.datamodules.openmoji.facts import facts
+from nextflow.datamodules.openmoji.questions import questions
+from nextflow.datamodules.openmoji.reasoning import reasoning
+from nextflow.datamodules.openmoji.scenes import scenes
+from nextflow.datamodules.openmoji.stories import stories
+from nextflow.datamodules.openmoji.world import MojiDocument, World, kept
 from nextflow.sequence.shards import ShardHeader, ShardWriter
 
 Kind = Literal["edits", "stories", "scenes", "examples", "reasoning", "questions", "text"]

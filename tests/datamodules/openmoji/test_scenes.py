@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_phrases import counted, plural
-from nextflow.datamodules.openmoji_scenes import MAX_OBJECTS, sampled_scenes, scenes, split_of_scene
-from nextflow.datamodules.openmoji_studio import BACKGROUNDS, Placed
-from nextflow.datamodules.openmoji_things import things_of
-from nextflow.datamodules.openmoji_words import caption_of_scene
-from nextflow.datamodules.openmoji_world import kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.phrases import counted, plural
+from nextflow.datamodules.openmoji.scenes import MAX_OBJECTS, sampled_scenes, scenes, split_of_scene
+from nextflow.datamodules.openmoji.studio import BACKGROUNDS, Placed
+from nextflow.datamodules.openmoji.things import things_of
+from nextflow.datamodules.openmoji.words import caption_of_scene
+from nextflow.datamodules.openmoji.world import kept
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nextflow.datamodules.openmoji_catalog import SPLITS, Drawing
-from nextflow.datamodules.openmoji_phrases import NUMBERS, counted, phrase, plural, sentence, with_article
-from nextflow.datamodules.openmoji_scenes import Group, picture_of, placed_scene, split_of_scene
-from nextflow.datamodules.openmoji_things import COLOURS, things_of
-from nextflow.datamodules.openmoji_world import TONE_ORDER, MojiDocument, World, split_of, tone_of
+from nextflow.datamodules.openmoji.catalogue import SPLITS, Drawing
+from nextflow.datamodules.openmoji.phrases import NUMBERS, counted, phrase, plural, sentence, with_article
+from nextflow.datamodules.openmoji.scenes import Group, picture_of, placed_scene, split_of_scene
+from nextflow.datamodules.openmoji.things import COLOURS, things_of
+from nextflow.datamodules.openmoji.world import TONE_ORDER, MojiDocument, World, split_of, tone_of
 
 MAX_PICTURES = 5
 _TRIES = 500
@@ -95,7 +95,7 @@ _SERIES = (
     Series(
         topic="weather", steps=(1, -1), weight=1,
         names=("sun", "sun_behind_small_cloud", "sun_behind_large_cloud", "cloud_with_rain", "cloud_with_lightning_and_rain"),
-        intro="[[The weather changes|Weather]: {name}|First {name}]", after="[Then|Next|Later]: {name}",
+        intro="[[The weather changes|Weather]: {name}|First: {name}]", after="[Then|Next|Later]: {name}",
     ),
     Series(
         topic="volume", steps=(1, -1), weight=1,
@@ -171,7 +171,7 @@ def _counting_story(world: World, split: str, draw: random.Random) -> MojiDocume
                 a=counted(number, thing.noun),
                 many=plural(thing.noun),
                 trend="more and more" if more else "fewer and fewer",
-                change="one more" if more else "one less",
+                change="one more" if more else "one fewer",
             )
             segments += [sentence(words), picture_of(world, scene)]
         metadata = {"series": "counting", "numbers": numbers, "pictures": [scene.metadata() for scene in told]}
@@ -207,7 +207,7 @@ def _flags(world: World) -> list[Series]:
         Series(
             topic="flags",
             names=tuple(sorted(names)),
-            intro="[[Flags of places|Countries] that begin with {letter}[, in order|]: {name}|The flag of {name}]",
+            intro="[[Flags of places|Places] that begin with {letter}[, in order|]: {name}|The flag of {name}]",
             after="[Then|Next][:| comes][ the flag of|] {name}",
             is_proper=True,
             weight=0.2,

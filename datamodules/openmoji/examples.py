@@ -6,15 +6,15 @@ training document are all of training.
 
 from collections.abc import Iterator
 
-from nextflow.datamodules.openmoji_edits import SHARES, Edit, edits_of, metadata_of
-from nextflow.datamodules.openmoji_phrases import phrase, sentence
-from nextflow.datamodules.openmoji_world import MojiDocument, World
+from nextflow.datamodules.openmoji.edits import SHARES, Edit, edits_of, metadata_of
+from nextflow.datamodules.openmoji.phrases import phrase, sentence
+from nextflow.datamodules.openmoji.world import MojiDocument, World
 
 _TASK = (
-    "[Find out|Work out|Look at|Infer] [how|what way] the first picture of each [example|pair] [changes|was changed], "
-    "[and|then] [do the same to|change] the [last|next|following] [picture|one][ in the same way|]|"
-    "[Two|2] examples [of a change|of one transformation], [and|then] a picture to [change|transform] [likewise|the same way]|"
-    "[The|Apply the] same change[ as in the examples|] [for|to] the [next|last] picture"
+    "[Find out|Work out|Look at|Infer] how the first picture of each [example|pair] [changes|was changed], [and|then] "
+    "[do the same to the [next|following] [picture|one]|change the [next|following] [picture|one] in the same way]|"
+    "[Two|2] examples of [a change|one transformation], [and|then] a picture to [change|transform] [likewise|the same way]|"
+    "[Apply the same change[ as in the examples|] to|Make the same change in] the next picture"
 )
 
 

@@ -7,8 +7,8 @@ from itertools import chain
 import pytest
 from PIL import Image
 
-from nextflow.datamodules.openmoji import OpenMojiConfig, make_openmoji
-from nextflow.datamodules.openmoji_catalog import SPLITS, Drawing, load_catalogue, select
+from nextflow.datamodules.openmoji.catalogue import SPLITS, Drawing, load_catalogue, select
+from nextflow.datamodules.openmoji.dataset import OpenMojiConfig, make_openmoji
 from nextflow.sequence.shards import open_shard
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
 

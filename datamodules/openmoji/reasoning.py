@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from nextflow.datamodules.openmoji_catalog import Drawing
-from nextflow.datamodules.openmoji_phrases import NUMBERS, counted, phrase, plural, sentence, with_article
-from nextflow.datamodules.openmoji_scenes import MAX_OBJECTS, Group, Scene, picture_of, placed_scene, split_of_scene
-from nextflow.datamodules.openmoji_stories import CLOCK, MOON, ZODIAC
-from nextflow.datamodules.openmoji_things import Thing, things_of
-from nextflow.datamodules.openmoji_world import TONE_ORDER, MojiDocument, World
+from nextflow.datamodules.openmoji.catalogue import Drawing
+from nextflow.datamodules.openmoji.phrases import NUMBERS, counted, phrase, plural, sentence, with_article
+from nextflow.datamodules.openmoji.scenes import MAX_OBJECTS, Group, Scene, picture_of, placed_scene, split_of_scene
+from nextflow.datamodules.openmoji.stories import CLOCK, MOON, ZODIAC
+from nextflow.datamodules.openmoji.things import Thing, things_of
+from nextflow.datamodules.openmoji.world import TONE_ORDER, MojiDocument, World
 
 _TRIES = 200
 _MIXTURES = {("red", "yellow"): "orange", ("blue", "yellow"): "green", ("red", "blue"): "purple"}
@@ -122,20 +122,23 @@ def _sum(world: World, things: list[Thing], draw: random.Random) -> Task | None:
     if draw.random() < 0.7:
         request, thought = f"[Draw|Show me|I want] {a} plus {b} {many}.", f"{a} plus {b} is {c}"
     else:
-        request, thought = f"[Draw|Show me] {a} more than {counted(rest, thing.noun)}.", f"{a} more than {b} is {c}"
+        request, thought = (
+            f"[Draw|Show me] {a} more than {b} {thing.noun if rest == 1 else many}.",
+            f"{a} more than {b} is {c}",
+        )
     return Task("sum", phrase(draw, request), many, sentence(thought), scene, counted(total, thing.noun))
 
 
 def _next(world: World, things: list[Thing], draw: random.Random) -> Task | None:
-    order, what = draw.choice([(MOON, "phase of the moon"), (ZODIAC, "sign of the zodiac")])
+    order, what, the = draw.choice([(MOON, "phase of the moon", "the "), (ZODIAC, "sign of the zodiac", "")])
     start, step = draw.randrange(len(order)), draw.choice([1, -1])
     names = [order[start], order[(start + step) % len(order)]]
     if not all(name in world.by_name for name in names):
         return None
     known, wanted = (world.by_name[name] for name in names)
     relation = "after" if step > 0 else "before"
-    request = phrase(draw, f"[Draw|Show me] the {what} [that comes |]{relation} {known.subject}.")
-    thought = f"{'Next after' if step > 0 else 'Just before'} {known.subject} comes {wanted.subject}."
+    request = phrase(draw, f"[Draw|Show me] the {what} [that comes |]{relation} {the}{known.subject}.")
+    thought = f"{'Next after' if step > 0 else 'Just before'} {the}{known.subject} comes {the}{wanted.subject}."
     return Task("order", request, f"a {what}", thought, wanted, wanted.caption)
 
 

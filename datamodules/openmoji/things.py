@@ -6,7 +6,7 @@ OpenMoji's names are not all nouns that one can count ("three spaghetti", "two s
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nextflow.datamodules.openmoji_catalog import Drawing
+from nextflow.datamodules.openmoji.catalogue import Drawing
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 
@@ -63,7 +63,10 @@ def things_of(drawings: Sequence[Drawing]) -> list[Thing]:
     by_name = {drawing.name: drawing for drawing in drawings}
     coloured = {
         name: Thing(
-            drawing=by_name[name], noun=f"{colour} {noun}", kind="food" if noun == "apple" else "shape", colour=colour
+            drawing=by_name[name],
+            noun=f"{colour} {noun}",
+            kind={"apple": "food", "book": "object"}.get(noun, "shape"),
+            colour=colour,
         )
         for noun, names in _SHAPES.items()
         for colour, name in names.items()

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from nextflow.datamodules.openmoji import OpenMojiConfig, make_openmoji
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_kinds import KINDS, record_of
-from nextflow.datamodules.openmoji_world import MojiDocument
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.dataset import OpenMojiConfig, make_openmoji
+from nextflow.datamodules.openmoji.kinds import KINDS, record_of
+from nextflow.datamodules.openmoji.world import MojiDocument
 from nextflow.sequence.shards import open_shard
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
 

@@ -6,9 +6,9 @@ from itertools import islice, pairwise
 import pytest
 from PIL import Image
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_stories import CLOCK, MAX_PICTURES, MOON, ZODIAC, stories
-from nextflow.datamodules.openmoji_world import TONE_ORDER, kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.stories import CLOCK, MAX_PICTURES, MOON, ZODIAC, stories
+from nextflow.datamodules.openmoji.world import TONE_ORDER, kept
 
 
 @pytest.fixture(scope="module")

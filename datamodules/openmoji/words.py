@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from nextflow.datamodules.openmoji_phrases import counted, listed, phrase, sentence, with_article
+from nextflow.datamodules.openmoji.phrases import counted, listed, phrase, sentence, with_article
 
 if TYPE_CHECKING:
-    from nextflow.datamodules.openmoji_scenes import Group, Scene
+    from nextflow.datamodules.openmoji.scenes import Group, Scene
 
 _BEFORE, _AFTER = {"left": "to the left of", "top": "above"}, {"left": "to the right of", "top": "below"}
 

@@ -4,9 +4,9 @@ from itertools import islice
 
 import pytest
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_facts import facts
-from nextflow.datamodules.openmoji_world import kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.facts import facts
+from nextflow.datamodules.openmoji.world import kept
 
 
 @pytest.mark.parametrize("split", SPLITS)

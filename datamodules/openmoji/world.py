@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from nextflow.datamodules.openmoji_catalog import SPLITS, TONES, Drawing
-from nextflow.datamodules.openmoji_studio import Studio
+from nextflow.datamodules.openmoji.catalogue import SPLITS, TONES, Drawing
+from nextflow.datamodules.openmoji.studio import Studio
 from nextflow.sequence.scales import ScaleSchedule
 
 Item = TypeVar("Item")

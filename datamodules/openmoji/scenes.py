@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from nextflow.datamodules.openmoji_catalog import unit_hash
-from nextflow.datamodules.openmoji_studio import BACKGROUNDS, Placed
-from nextflow.datamodules.openmoji_things import Thing, things_of
-from nextflow.datamodules.openmoji_words import caption_of_scene
-from nextflow.datamodules.openmoji_world import MojiDocument, World
+from nextflow.datamodules.openmoji.catalogue import unit_hash
+from nextflow.datamodules.openmoji.studio import BACKGROUNDS, Placed
+from nextflow.datamodules.openmoji.things import Thing, things_of
+from nextflow.datamodules.openmoji.words import caption_of_scene
+from nextflow.datamodules.openmoji.world import MojiDocument, World
 from nextflow.sequence.scales import Grid
 
 HELD_OUT_FRACTION = 0.1

@@ -5,11 +5,11 @@ from itertools import islice
 
 import pytest
 
-from nextflow.datamodules.openmoji_catalog import SPLITS
-from nextflow.datamodules.openmoji_phrases import NUMBERS
-from nextflow.datamodules.openmoji_reasoning import reasoning
-from nextflow.datamodules.openmoji_stories import CLOCK
-from nextflow.datamodules.openmoji_world import kept
+from nextflow.datamodules.openmoji.catalogue import SPLITS
+from nextflow.datamodules.openmoji.phrases import NUMBERS
+from nextflow.datamodules.openmoji.reasoning import reasoning
+from nextflow.datamodules.openmoji.stories import CLOCK
+from nextflow.datamodules.openmoji.world import kept
 
 
 @pytest.mark.parametrize("split", SPLITS)

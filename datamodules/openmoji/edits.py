@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from nextflow.datamodules.openmoji_catalog import SPLITS, Drawing
-from nextflow.datamodules.openmoji_phrases import phrase, sentence
-from nextflow.datamodules.openmoji_world import MojiDocument, World, cycled, tone_of
+from nextflow.datamodules.openmoji.catalogue import SPLITS, Drawing
+from nextflow.datamodules.openmoji.phrases import phrase, sentence
+from nextflow.datamodules.openmoji.world import MojiDocument, World, cycled, tone_of
 
 _MAN, _WOMAN, _PERSON, _BLOND_PERSON = 0x1F468, 0x1F469, 0x1F9D1, 0x1F471
 _MALE, _FEMALE, _RIGHT, _JOINER = 0x2642, 0x2640, 0x27A1, 0x200D
@@ -26,8 +26,8 @@ _INSTRUCTIONS = {
     "skin tone": "[[Change|Turn|Set] the skin [tone|colour] to {to}|[Give {whom}|Draw {whom} with] {to} skin[ tone|]|"
     "Make {whose} skin {to}|Same picture, [but |]{to} skin[ tone|]|{to} skin tone, please|"
     "[Recolour|Repaint] the skin from {origin} to {to}]",
-    "gender": "[[Turn|Change|Make] the {origin} into a {to}|[Replace|Swap] the {origin} [with|for] a {to}|"
-    "[Now |The same |]as a {to}|Draw a {to} instead[ of the {origin}|]|[Make|Let] it be a {to}]",
+    "gender": "[[Turn|Change|Make] the {origin} into a {to}|Replace the {origin} with a {to}|Swap the {origin} for a {to}|"
+    "Now as a {to}|The same, but as a {to}|Draw a {to} instead[ of the {origin}|]|[Let it be|Make it] a {to}]",
     "hair": "[[Make|Turn] {whose} hair {to}|Give {whom} {to} hair|[Now|The same] with {to} hair|"
     "{to} hair[ instead|, please]|Restyle {whose} hair: {to}]",
     "bald": "[Make {whom} bald|Remove {whose} hair|Shave {whose} head|Take the hair away|The same, but bald]",
@@ -115,10 +115,11 @@ def metadata_of(edit: Edit) -> dict[str, str]:
 
 
 def looks_of(drawing: Drawing) -> Looks | None:
-    """The attributes of a drawing; None for two people, families and two skin tones."""
+    """The attributes of a drawing; None for several people and two skin tones."""
     points = drawing.code_points
     people = [point for point in points if point in (_MAN, _WOMAN, _PERSON, _BLOND_PERSON)]
-    if len(people) > 1 or len(drawing.tones) > 1:
+    several = len(people) > 1 or drawing.name.startswith(("men_", "women_", "people_"))  # women wrestling
+    if several or len(drawing.tones) > 1:
         return None
     female, male = {_WOMAN, _FEMALE} & set(points), {_MAN, _MALE} & set(points)
     rest = tuple(_PERSON if point in people else point for point in drawing.subject_key if point not in _HAIR)

@@ -4,11 +4,11 @@ import random
 from collections.abc import Iterator
 from importlib import import_module
 
-from nextflow.datamodules.openmoji_catalog import Drawing
-from nextflow.datamodules.openmoji_phrases import NUMBERS, phrase, sentence
-from nextflow.datamodules.openmoji_stories import CLOCK, MOON, ZODIAC
-from nextflow.datamodules.openmoji_things import things_of
-from nextflow.datamodules.openmoji_world import MojiDocument, World
+from nextflow.datamodules.openmoji.catalogue import Drawing
+from nextflow.datamodules.openmoji.phrases import NUMBERS, phrase, sentence, with_article
+from nextflow.datamodules.openmoji.stories import CLOCK, MOON, ZODIAC
+from nextflow.datamodules.openmoji.things import things_of
+from nextflow.datamodules.openmoji.world import MojiDocument, World
 
 LANGUAGES = {
     "es": "Spanish", "ja": "Japanese", "ko": "Korean", "pt": "Portuguese", "it": "Italian", "fr": "French", "de": "German",
@@ -76,8 +76,7 @@ def _beside(world: World, drawing: Drawing, draw: random.Random) -> Iterator[str
                     after=noun + after.subject,
                 )
     for thing in things_of([drawing]):
-        kind = "thing" if thing.kind == "object" else thing.kind
-        yield f"the {thing.noun} is {'an' if kind == 'animal' else 'a'} {kind}"
+        yield f"the {thing.noun} is {with_article(thing.kind)}"
         if thing.colour:
             yield phrase(draw, "a {noun} is {colour}", noun=thing.noun, colour=thing.colour)
 

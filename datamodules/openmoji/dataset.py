@@ -1,13 +1,11 @@
-"""The embedded data set: drawings of OpenMoji as document shards of every data type. Run once before training:
-
-    python -m nextflow.datamodules.openmoji --config configs/openmoji/data_all.yaml
+"""The embedded data set: drawings of OpenMoji as document shards of every data type.
 
 Writes drawings with captions as `output/{train,validation,compositional}/000000.tar`, each of the `kinds` that the config names
-(edits, stories, scenes, ...; `openmoji_kinds.py`) as `output/KIND/SPLIT/000000.tar`, one text tokenizer trained on all
+(edits, stories, scenes, ...; `kinds.py`) as `output/KIND/SPLIT/000000.tar`, one text tokenizer trained on all
 texts of the training splits (`output/text_tokenizer`), `ATTRIBUTION.txt` and, last of all, `report.json`. If a report with the
 same settings is there already, nothing is done; an interrupted run is made again from the start. Nothing is downloaded.
 
-The drawings are by OpenMoji, CC BY-SA 4.0. How splits are made stands in `openmoji_catalog.py`.
+The drawings are by OpenMoji, CC BY-SA 4.0. How splits are made stands in `catalogue.py`.
 """
 
 import json
@@ -19,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from nextflow.datamodules.openmoji_catalog import SPLITS, Catalogue, Drawing, load_catalogue, select
-from nextflow.datamodules.openmoji_facts import LANGUAGES
-from nextflow.datamodules.openmoji_kinds import KINDS, Kind, write_kinds
-from nextflow.datamodules.openmoji_studio import Studio, draw_png
-from nextflow.datamodules.openmoji_world import World
+from nextflow.datamodules.openmoji.catalogue import SPLITS, Catalogue, Drawing, load_catalogue, select
+from nextflow.datamodules.openmoji.facts import LANGUAGES
+from nextflow.datamodules.openmoji.kinds import KINDS, Kind, write_kinds
+from nextflow.datamodules.openmoji.studio import Studio, draw_png
+from nextflow.datamodules.openmoji.world import World
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import ShardHeader, ShardWriter
 from nextflow.sequence.text_tokenizer import train_text_tokenizer
@@ -225,29 +223,3 @@ def _draw(job: tuple[str, int]) -> bytes | str:
         return draw_png(Path(job[0]), job[1])
     except (ValueError, OSError) as error:
         return f"cannot be drawn: {error}"
-
-
-def main() -> None:
-    """Command line: every field of `OpenMojiConfig`, from a YAML file or as options."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m nextflow.datamodules.openmoji", description=OpenMojiConfig.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with the options below.")
-    parser.add_class_arguments(OpenMojiConfig)
-    config = parser.instantiate(parser.parse_args()).as_dict()
-    config.pop("config")
-    try:
-        report = make_openmoji(OpenMojiConfig(**config))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:  # the user's to mend, in one line
-        raise SystemExit(f"error: {error}") from error
-    splits = ", ".join(f"{count} {split}" for split, count in report["splits"].items())
-    for kind, count in report["kinds"].items():
-        print(f"{config['output']}/{kind}: {', '.join(f'{number} {split}' for split, number in count.items())}")
-    print(f"{config['output']}: {splits}; text tokenizer of {report['text_tokenizer']['size']} ids")
-    for reason, keys in report["skipped"].items():
-        print(f"skipped {len(keys)} drawings: {reason}")
-
-
-if __name__ == "__main__":
-    main()

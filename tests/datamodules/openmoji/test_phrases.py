@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from nextflow.datamodules.openmoji_phrases import counted, listed, phrase, plural, sentence, with_article
+from nextflow.datamodules.openmoji.phrases import counted, listed, phrase, plural, sentence, with_article
 
 
 def test_all_alternatives_are_said():
