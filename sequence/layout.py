@@ -3,8 +3,8 @@
 A document is `<start>`, its segments, and the target `<end>` behind the last position. A text is its ids. An image is `<boi>`,
 one block of h_k * w_k positions for each scale k = 2..K, and `<eoi>`: `<boi>` predicts the 1x1 code, block k predicts the codes
 of scale k from the codes of scale k-1 alone, resized to grid k (residual features, NextFlow 2.2; inputs begin with the 2x2
-map, figure 5). So code n of an image (scales coarse to fine, each row-major) is predicted n positions behind its `<boi>`.
-`<eoi>` is not predicted; it predicts what follows.
+map, figure 5), or from those of all coarser scales (`layout.features: accumulated`). So code n of an image (scales coarse to
+fine, each row-major) is predicted n positions behind its `<boi>`. `<eoi>` is not predicted; it predicts what follows.
 
 Running positions: each text id, `<boi>`, `<eoi>` and each scale takes one. The same number is the block of the visibility law,
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from nextflow.sequence.documents import Document, ImageSegment, Segment, TextSegment, Vocabulary
 from nextflow.sequence.image_layout import LayoutConfig, image_layout
-from nextflow.sequence.resize import taps
 from nextflow.sequence.scales import num_codes_of
 
 IGNORE = -100
@@ -144,10 +144,14 @@ def lay_out(
             for index, row in enumerate(built)
             for piece in row.pieces[name]
         ]
+        if width is not None:
+            # Images of fewer scales may have fewer taps. More of the last one, of weight 0: its code is known when it is fed.
+            mode: Any = "edge" if dtype is np.int64 else "constant"
+            pieces = [np.pad(piece, ((0, 0), (0, width - piece.shape[1])), mode) for piece in pieces]
         empty: np.ndarray = np.zeros((0,) if width is None else (0, width), dtype=dtype)
         return torch.from_numpy(np.ascontiguousarray(np.concatenate(pieces) if pieces else empty))
 
-    num_taps = taps((1, 1), (1, 1), config.interpolation).index_PT.shape[1]
+    num_taps = config.num_taps(max((row.max_scales for row in built), default=1))
     position = np.stack([table(axis, 0, np.float32) for axis in ("position_t", "position_h", "position_w")])
     return PackedRows(
         ids_BL=torch.from_numpy(table("ids", 0, np.int64)),
@@ -175,6 +179,7 @@ class _Row:
         self.length = 0
         self.num_codes = 0
         self.num_documents = 0
+        self.max_scales = 1
         names = "ids document block position_t position_h position_w scale num_scales target weight"
         flat_names = "code input_code code_position input_position tap_index tap_weight"
         self.pieces: dict[str, list[np.ndarray]] = {name: [] for name in (*names.split(), *flat_names.split())}
@@ -218,8 +223,7 @@ class _Row:
         codes = _as_codes(image.codes, num_codes, "codes")
         ids = np.zeros(count, dtype=np.int64)
         ids[0] = self.vocabulary.boi
-        spatial = layout.spatial_2P.copy()
-        spatial[:, 0] = start
+        spatial = layout.spatial_2P + start * layout.moves_P
         known = codes[0] != UNKNOWN_CODE
         target = np.full(count, IGNORE, dtype=np.int64)
         if image.loss and known:
@@ -228,8 +232,8 @@ class _Row:
         self._extend(count, ids=ids, block=layout.block_P + start, scale=layout.scale_P, num_scales=num_scales)
         pieces = self.pieces
         pieces["position_t"].append((layout.block_P + start).astype(np.float32))
-        pieces["position_h"].append(spatial[0])
-        pieces["position_w"].append(spatial[1])
+        pieces["position_h"].append(spatial[0].astype(np.float32))
+        pieces["position_w"].append(spatial[1].astype(np.float32))
         pieces["target"].append(target)
         pieces["weight"].append(layout.weight_P if image.loss else np.zeros(count, dtype=np.float32))
         pieces["code"].append(codes)
@@ -240,6 +244,7 @@ class _Row:
         pieces["tap_index"].append(layout.tap_index_PT[1:] + self.num_codes)
         pieces["tap_weight"].append(layout.tap_weight_PT[1:])
         self.num_codes += num_codes
+        self.max_scales = max(self.max_scales, num_scales)
         return start + int(layout.block_P[-1]) + 1
 
     def _extend(self, count: int, ids: np.ndarray, block: np.ndarray, scale: np.ndarray | int, num_scales: int) -> None:

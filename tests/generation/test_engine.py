@@ -72,32 +72,48 @@ class Recorder(Decoding):
 
 
 @torch.no_grad()
-def teacher_forced(transformer: Transformer, request: GenerationRequest, segments: tuple, drawn: torch.Tensor):
+def teacher_forced(
+    transformer: Transformer,
+    request: GenerationRequest,
+    segments: tuple,
+    drawn: torch.Tensor,
+    layout: LayoutConfig = LAYOUT,
+):
     """Logits of the training path, [M, V], at the positions that predict what was drawn."""
     vocabulary = transformer.vocabulary
     if request.task == "image":
         rows = lay_out(
-            [[Document(segments=(*segments, ImageSegment(grids=request.grids, codes=drawn)))]], vocabulary, LAYOUT
+            [[Document(segments=(*segments, ImageSegment(grids=request.grids, codes=drawn)))]], vocabulary, layout
         )
         logits_LV = transformer.logits(transformer(rows))[0]
         return logits_LV[rows.code_position_N[-len(drawn) :], vocabulary.code_offset :]
-    rows = lay_out([[Document(segments=(*segments, text(*drawn.tolist())))]], vocabulary, LAYOUT)
+    rows = lay_out([[Document(segments=(*segments, text(*drawn.tolist())))]], vocabulary, layout)
     length = rows.ids_BL.shape[1]
     return transformer.logits(transformer(rows))[0, length - len(drawn) - 1 : length - 1, :TEXT_SIZE]
 
 
-@pytest.mark.parametrize("reuse_cache", [True, False])
-def test_cached_logits_equal_teacher_forced_logits(transformer, reuse_cache):
+@pytest.mark.parametrize(
+    ("layout", "reuse_cache"),
+    [
+        (LAYOUT, True),
+        (LAYOUT, False),
+        (LayoutConfig(features="accumulated", feed_last_scale=True), True),
+        (LayoutConfig(positions="grid", feed_last_scale=True), True),
+        (LayoutConfig(positions="shifted_grid", features="accumulated"), True),
+    ],
+    ids=["paper", "paper, no cache", "accumulated and last scale", "grid and last scale", "shifted and accumulated"],
+)
+def test_cached_logits_equal_teacher_forced_logits(transformer, layout, reuse_cache):
     requests = mixed_requests()
     with torch.no_grad():
-        decoding = Recorder(transformer, requests, layout=LAYOUT, sampling=SamplingConfig(), reuse_cache=reuse_cache)
+        decoding = Recorder(transformer, requests, layout=layout, sampling=SamplingConfig(), reuse_cache=reuse_cache)
         while decoding.active:
             decoding.step()
     worst = 0.0
     for job in decoding.jobs:
         drawn = torch.cat(job.drawn)
         for row, segments in zip(job.rows, (job.request.segments, job.request.negative)):
-            expected_MV = teacher_forced(transformer, job.request, segments, drawn)
+            expected_MV = teacher_forced(transformer, job.request, segments, drawn, layout)
             first = 0
             for scale, cached_MV in enumerate(decoding.seen[row]):
                 difference = (cached_MV - expected_MV[first : first + len(cached_MV)]).abs().max().item()

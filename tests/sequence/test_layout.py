@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
 from nextflow.sequence.image_layout import LayoutConfig, scale_weights
@@ -46,6 +47,41 @@ def test_image_inputs_are_the_previous_scales_codes_alone() -> None:
     used = [set(index.tolist()) for index in rows.tap_index_MT]
     assert all(index == {0} for index in used[:4])  # the 2x2 block is made of the 1x1 code
     assert set.union(*used[4:]) == {1, 2, 3, 4}  # the 3x3 block of the 2x2 codes, not of the 1x1 code
+
+
+def test_accumulated_inputs_are_the_sum_of_all_coarser_scales_resized() -> None:
+    """Against torch's own resizing of maps of vectors, for images of other numbers of scales in one batch."""
+    wide = ((1, 1), (1, 2), (2, 4), (3, 6))
+    images = [(GRIDS, torch.arange(14)), (wide, torch.arange(29).flip(0))]
+    vectors_KC = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    documents = [[Document(segments=(ImageSegment(grids=grids, codes=codes),))] for grids, codes in images]
+    for feed_last_scale in (False, True):
+        config = LayoutConfig(features="accumulated", feed_last_scale=feed_last_scale)
+        rows = lay_out(documents, VOCABULARY, config)
+        fed_MC = (vectors_KC[rows.input_code_N[rows.tap_index_MT]] * rows.tap_weight_MT[..., None]).sum(1)
+        expected = []
+        for grids, codes in images:
+            maps = [
+                v.T.unflatten(-1, grid) for v, grid in zip(vectors_KC[codes].split([h * w for h, w in grids]), grids)
+            ]
+            for block, target in enumerate([*grids[1:], *grids[-1:] * feed_last_scale], start=1):
+                resized = [F.interpolate(one[None], size=target, mode="bilinear")[0] for one in maps[:block]]
+                expected.append(torch.stack(resized).sum(0).flatten(1).T)
+        torch.testing.assert_close(fed_MC, torch.cat(expected), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["grid", "shifted_grid"])
+def test_positions_of_the_ablation(positions: str) -> None:
+    document = Document(segments=(TextSegment(ids=[7, 8]), _image()))
+    rows = lay_out([[document]], VOCABULARY, LayoutConfig(positions=positions))
+    t, h, w = rows.position_3BL[:, 0].tolist()
+    assert t == [0, 1, 2, 3] + [4] * 4 + [5] * 9 + [6]
+    assert h[:4] == w[:4] == [0, 1, 2, 3] and h[17] == w[17] == 6  # text, <boi> and <eoi> as ever
+    shift2, shift3 = (4, 5) if positions == "shifted_grid" else (0, 0)
+    assert h[4:8] == [shift2 + i for i in (0, 0, 1, 1)] and w[4:8] == [shift2 + j for j in (0, 1, 0, 1)]
+    assert h[8:17] == [shift3 + i for i in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    with pytest.raises(ValueError, match=r"layout\.positions must be normalized, grid, shifted_grid"):
+        LayoutConfig(positions="centred")
 
 
 def test_visibility_by_brute_force() -> None:
