@@ -20,6 +20,9 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nextflow.sequence.documents import Document, TextSegment
 from nextflow.sequence.scales import Grid
 
@@ -92,7 +95,7 @@ class FlopsModel:
     """Channels of a code vector. The paper's parent has 32 + 8; a few channels more or less do not matter here."""
 
     def forward(self, work: Work) -> Flops:
-        """One forward pass. Three times its total is what is usually called the model's FLOPs of a training step."""
+        """One forward pass."""
         s = self.shape
         attention_width = s.num_heads * s.head_dim
         projections = s.width * (s.num_heads + 2 * s.num_kv_heads) * s.head_dim + attention_width * s.width
@@ -103,23 +106,30 @@ class FlopsModel:
             head=2.0 * work.targets * s.width * self.vocabulary_size,
         )
 
-    def training(self, work: Work, *, checkpointing: bool = False) -> Flops:
-        """Forward and backward as executed when every weight trains.
+    def training(self, work: Work, *, checkpointing: bool = False, blocks_train: bool = True) -> Flops:
+        """Forward and backward as executed.
 
-        A product takes two more in the backward pass; attention takes five for its two, as it computes the scores again.
+        A product takes two more in the backward pass, one if its weight is frozen; attention takes five for its two, as it
+        computes the scores again.
 
         Args:
             work: of the rows.
             checkpointing: whether the blocks are run a second time in the backward pass (activation checkpointing).
+            blocks_train: false where the blocks are frozen (alignment); gradients still go through them.
         """
         once = self.forward(work)
         again = 1.0 if checkpointing else 0.0
         return Flops(
-            blocks=(3.0 + again) * once.blocks,
+            blocks=((3.0 if blocks_train else 2.0) + again) * once.blocks,
             attention=(3.5 + again) * once.attention,
             connector=3.0 * once.connector,
             head=3.0 * once.head,
         )
+
+    def of_the_model(self, work: Work, *, blocks_train: bool = True) -> float:
+        """What a training step cannot do without, and MFU is measured by: three forward passes, nothing computed again."""
+        once = self.forward(work)
+        return 3.0 * once.total - (0.0 if blocks_train else once.blocks)
 
     def in_positions(self, work: Work) -> float:
         """Training FLOPs in units of one position that sees nothing and predicts nothing: the unit of `data.budget`.
@@ -147,6 +157,24 @@ def document_work(document: Document, *, feed_last_scale: bool = False) -> Work:
         work += Work(targets=targets if segment.loss else 0)
     ends = document.segments[-1].loss if document.segments else True
     return work + Work(targets=int(ends))
+
+
+def visible_pairs(document_BL: Tensor, block_BL: Tensor) -> Tensor:
+    """Pairs of a query and a key that it sees in packed rows, a scalar on their device; padding sees nothing.
+
+    Args:
+        document_BL: int64, documents of the rows, each in one piece; negative for padding.
+        block_BL: int64, running numbers of blocks, which do not fall inside of a document.
+    """
+    index_BL = torch.arange(document_BL.shape[1], device=document_BL.device).expand_as(document_BL)
+    starts = torch.ones_like(document_BL, dtype=torch.bool)
+    starts[:, 1:] = document_BL[:, 1:] != document_BL[:, :-1]
+    ends = torch.ones_like(starts)
+    ends[:, :-1] = starts[:, 1:] | (block_BL[:, 1:] != block_BL[:, :-1])
+    # A query sees from the start of its document to the end of its block.
+    first_BL = torch.where(starts, index_BL, 0).cummax(dim=1).values
+    last_BL = torch.where(ends, index_BL, index_BL.shape[1]).flip(1).cummin(dim=1).values.flip(1)
+    return ((last_BL - first_BL + 1) * (document_BL >= 0)).sum()
 
 
 def generation_work(grids: tuple[Grid, ...], *, prompt: int) -> list[Work]:

@@ -18,6 +18,7 @@ from nextflow.sequence.flops import (
     generation_work,
     paper_flops,
     paper_generation_flops,
+    visible_pairs,
 )
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import lay_out
@@ -82,14 +83,23 @@ def test_works_add_up_in_a_pack():
     assert total.targets == int(rows.num_targets)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_flops_are_those_of_torchs_counter(checkpointing):
+def test_visible_pairs_are_those_of_the_law():
+    """Rows of different lengths, so one is padded, and padding sees nothing."""
+    rows = lay_out([DOCUMENTS, DOCUMENTS[:1], DOCUMENTS[1:3]], tiny().vocabulary, LayoutConfig())
+    visible = rows.visible_BLL() & (rows.document_BL >= 0)[:, :, None]
+    assert bool((rows.document_BL < 0).any())
+    assert int(visible_pairs(rows.document_BL, rows.block_BL)) == int(visible.sum())
+
+
+@pytest.mark.parametrize(("checkpointing", "blocks_train"), [(False, True), (True, True), (False, False)])
+def test_training_flops_are_those_of_torchs_counter(checkpointing, blocks_train):
     """Counted on the real model with a dense mask, so with all L x L pairs of the row: exactly equal, forward and backward."""
     model = tiny()
     model.set_attention("sdpa")
     if checkpointing:
         for block in model.blocks:
             checkpoint(block)
+    model.blocks.requires_grad_(blocks_train)
     rows = lay_out([DOCUMENTS[:3]], model.vocabulary, LayoutConfig())
     length = rows.ids_BL.shape[1]
     work = sum((document_work(document) for document in DOCUMENTS[:3]), Work(pairs=length**2))
@@ -101,8 +111,11 @@ def test_training_flops_are_those_of_torchs_counter(checkpointing):
         model.cross_entropy(hidden_BLW, rows.target_BL, rows.weight_BL).total.backward()
     once = flops_of(model).forward(dense)
     assert forward.get_total_flops() == once.total - once.head
-    expected = flops_of(model).training(dense, checkpointing=checkpointing).total
+    expected = flops_of(model).training(dense, checkpointing=checkpointing, blocks_train=blocks_train).total
     assert forward.get_total_flops() + rest.get_total_flops() == expected
+    # Attention's scores, and blocks that are checkpointed, are computed again: work that a model does not need.
+    needless = 0.5 * once.attention + ((once.blocks + once.attention) if checkpointing else 0)
+    assert flops_of(model).of_the_model(dense, blocks_train=blocks_train) == expected - needless
 
 
 def checkpoint(block):
