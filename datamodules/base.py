@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nextflow.datamodules.batches import ImageBatch, PackedBatch, StreamState
+from nextflow.datamodules.loader import WaitedLoader
 from nextflow.datamodules.streams import (
     Assembler,
     Health,
@@ -159,7 +160,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader(_EvaluationData(self, parts)) if parts else []
 
     def _loader(self, data: IterableDataset) -> DataLoader:
-        return DataLoader(data, batch_size=None, num_workers=self.num_workers)
+        return WaitedLoader(data, batch_size=None, num_workers=self.num_workers)
 
     def training_stream(self, pattern: str) -> Callable[..., SampleStream]:
         """Makes a stream over the shards of a pattern when it is called, in a loader's worker, with `slot` and `num_slots`."""

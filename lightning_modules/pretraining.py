@@ -9,7 +9,6 @@ made on the fly are those of token shards.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -34,7 +33,7 @@ from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
-from nextflow.sequence.layout import PADDING, PackedRows
+from nextflow.sequence.layout import PackedRows
 from nextflow.sequence.scales import Grid
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
 
@@ -113,7 +112,6 @@ class PretrainingModule(L.LightningModule):
                 f"transformer.max_scales is {self.config.max_scales}; "
                 f"the tokenizer's schedule has {max(self.schedule.levels.values())} scales"
             )
-        self._since, self._positions = time.perf_counter(), torch.zeros(())
         self._targets: list[Tensor] = []
         self._totals: TokenMetrics | None = None
 
@@ -156,10 +154,6 @@ class PretrainingModule(L.LightningModule):
 
     # Training
 
-    def on_train_start(self) -> None:
-        """Start the clock of the throughput."""
-        self._since = time.perf_counter()
-
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Weighted cross-entropy of a PackedBatch, divided by the global number of targets."""
         rows = self._with_codes(batch)
@@ -167,7 +161,6 @@ class PretrainingModule(L.LightningModule):
         count = self._sum_over_ranks(rows.num_targets.float()).clamp(min=1)
         self._targets.append(count)
         loss = tokens.total * self.trainer.world_size / self._targets[0]
-        self._positions = self._positions.to(self.device) + (rows.document_BL != PADDING).sum()
         if self._logs_now:
             self._log_training(rows, tokens)
         return loss
@@ -307,12 +300,9 @@ class PretrainingModule(L.LightningModule):
     def _log_training(self, rows: PackedRows, tokens: LinearCrossEntropy) -> None:
         totals = TokenMetrics(self.config.max_scales, self.device)
         totals.add(rows, tokens)
-        now = time.perf_counter()
-        positions = self._sum_over_ranks(self._positions)
         values = totals.over_ranks(self._sum_over_ranks).named("train")
         self.log("train/loss", values.pop("train/loss"), prog_bar=True)
-        self.log_dict({**values, "throughput/tokens_per_second": float(positions) / (now - self._since)})
-        self._since, self._positions = now, torch.zeros_like(self._positions)
+        self.log_dict(values)
 
     def _log_totals(self, prefix: str) -> None:
         # All ranks take part in the sums, also one whose share of the set was empty.
