@@ -1,0 +1,1 @@
+"""Rewards: pictures, their prompts and what is known of them -> scores."""
