@@ -30,8 +30,8 @@ class CodeWriter(BasePredictionWriter):
     """Collects the images of each document and writes the document once all of them have codes.
 
     Needs a module with `tokenizer` (`schedule`, `fingerprint()`) whose predictions have the fields of `CodeBatch`:
-    keys, names, records, codes_BN, input_codes_BN, grids, level, aspect_ratio, split. Fed codes (`input_codes_BN`, of
-    self-correction) are stored beside the target codes.
+    keys, names, records, codes_BN, corrected, grids, level, aspect_ratio, split. Codes under self-correction (`corrected`,
+    where the module's `correction` is set) are stored beside the plain ones.
 
     Args:
         output: folder to write to.
@@ -96,8 +96,14 @@ class CodeWriter(BasePredictionWriter):
             )
         base_grid = schedule.base_grid(prediction.aspect_ratio)
         for row, (key, name, record) in enumerate(zip(prediction.keys, prediction.names, prediction.records)):
-            fed = None if prediction.input_codes_BN is None else prediction.input_codes_BN[row].numpy()
-            codes = Codes(prediction.codes_BN[row].numpy(), fed, prediction.level, base_grid)
+            corrected = prediction.corrected
+            codes = Codes(
+                prediction.codes_BN[row].numpy(),
+                prediction.level,
+                base_grid,
+                None if corrected is None else corrected.input_N[row].numpy(),
+                None if corrected is None else corrected.target_N[row].numpy(),
+            )
             waiting = self._waiting.setdefault((prediction.level, prediction.split, key), {})
             waiting[f"{name.split('.')[0]}.npz"] = encode_codes(codes)
             if len(waiting) == sum("image" in segment for segment in record["segments"]):

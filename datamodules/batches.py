@@ -6,12 +6,14 @@ off when the batch is consumed, modules never see it.
 Shapes: B images, H W pixels.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.documents import TextSegment
 from nextflow.sequence.layout import PackedRows
 from nextflow.sequence.scales import Grid
@@ -76,6 +78,13 @@ class PackedBatch:
     """uint8 [3, H, W], one per image in document order, to be encoded on the fly; empty when the rows hold codes."""
     grids: tuple[tuple[Grid, ...], ...] = ()
     """Grids of each image in document order."""
+    image_names: tuple[str, ...] = ()
+    """Source, document and number of each image: what random draws about it are functions of."""
+    image_losses: tuple[bool, ...] = ()
+    """Whether each image is trained on."""
+    corrected: CorrectedCodes | None = None
+    """[N] in the order of `rows.code_N`, when token shards hold codes of self-correction for every image that is trained on;
+    plain codes for the others."""
     keys: tuple[str, ...] = ()
     """Key of each document."""
     sources: tuple[str, ...] = ()
@@ -92,10 +101,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBatch":
         """The same batch on another device."""
+
+        def moved(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+            return (tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
+
         return replace(
             self,
             rows=self.rows.to(device, non_blocking=non_blocking),
-            images=tuple(image.to(device, non_blocking=non_blocking) for image in self.images),
+            images=tuple(moved(self.images)),
+            corrected=None if self.corrected is None else CorrectedCodes(*moved(self.corrected)),
         )
 
 

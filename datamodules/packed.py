@@ -8,13 +8,16 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nextflow.datamodules.arrangements import Arrangement, Part
 from nextflow.datamodules.base import Recipe, ShardDataModule, Stage
 from nextflow.datamodules.packs import Filling, Item, Packs
 from nextflow.datamodules.pixels import ImageCache, fit_image
 from nextflow.datamodules.streams import Sample
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
 from nextflow.sequence.flops import DecoderShape, FlopsModel, document_work
 from nextflow.sequence.image_layout import LayoutConfig
@@ -238,16 +241,21 @@ class PackedRecipe:
             )
         if codes.base_grid not in self.schedule.base_grids:
             raise ValueError(f"has the base grid {codes.base_grid}, which data.schedule.base_grids does not have")
-        size = self.vocabulary.codebook_size
-        if codes.codes_N.size and not 0 <= int(codes.codes_N.min()) <= int(codes.codes_N.max()) < size:
-            raise ValueError(f"holds codes up to {int(codes.codes_N.max())}, but data.codebook_size is {size}")
-        fed = None if codes.input_codes_N is None else torch.from_numpy(codes.input_codes_N.astype("int64"))
+        corrected = None
+        if codes.input_codes_N is not None and codes.target_codes_N is not None:
+            corrected = CorrectedCodes(self._checked(codes.input_codes_N), self._checked(codes.target_codes_N))
         return ImageSegment(
             grids=self.schedule.grids(codes.level, codes.base_grid[0] / codes.base_grid[1]),
-            codes=torch.from_numpy(codes.codes_N.astype("int64")),
-            input_codes=fed,
+            codes=self._checked(codes.codes_N),
+            corrected=corrected,
             loss=loss,
         )
+
+    def _checked(self, codes_N: np.ndarray) -> Tensor:
+        size = self.vocabulary.codebook_size
+        if codes_N.size and not 0 <= int(codes_N.min()) <= int(codes_N.max()) < size:
+            raise ValueError(f"holds codes up to {int(codes_N.max())}, but data.codebook_size is {size}")
+        return torch.from_numpy(codes_N.astype("int64"))
 
 
 class _DocumentCache:
@@ -265,10 +273,15 @@ class _DocumentCache:
         if stored is None:
             stored = make(sample)
             num_ids = sum(len(segment.ids) for _, segment in stored.texts)
-            num_codes = sum(0 if segment.codes is None else segment.codes.numel() for _, segment in stored.codes)
+            num_codes = sum(_num_stored(segment) for _, segment in stored.codes)
             # Python integers take 36 bytes each in a list; the objects around them some 2 kB.
-            size = 36 * num_ids + 16 * num_codes + 2048
+            size = 36 * num_ids + 8 * num_codes + 2048
             if size <= self.free:
                 self.free -= size
                 self._documents[key] = stored
         return stored
+
+
+def _num_stored(image: ImageSegment) -> int:
+    tensors = (image.codes, *(image.corrected or ()))
+    return sum(0 if codes is None else codes.numel() for codes in tensors)

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nextflow.datamodules.base import MAKE_CODES
 from nextflow.datamodules.batches import PackedBatch
 from nextflow.datamodules.streams import Read
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.documents import Document, ImageSegment, Vocabulary
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import lay_out
@@ -106,10 +108,9 @@ class Packs:
         left = set(range(len(self._reads))) - set(taken)
         self._reads = [self._reads[index] for index in sorted(left)]
         images = tuple(image for item in items for image in item.images)
-        grids = tuple(
-            segment.grids for item in items for segment in item.document.segments if isinstance(segment, ImageSegment)
-        )
-        if images and len(images) < len(grids):
+        pictures = [_pictures(item.document) for item in items]
+        segments = [segment for of_item in pictures for segment in of_item]
+        if images and len(images) < len(segments):
             raise ValueError(
                 "some documents hold images and others codes, which one batch cannot mix: read all sources of a mixture from "
                 f"token shards ({MAKE_CODES}), or all from document shards"
@@ -117,7 +118,14 @@ class Packs:
         return PackedBatch(
             rows=packed,
             images=images,
-            grids=grids,
+            grids=tuple(segment.grids for segment in segments),
+            image_names=tuple(
+                f"{item.source}/{item.key}.{number}"
+                for item, of_item in zip(items, pictures)
+                for number in range(len(of_item))
+            ),
+            image_losses=tuple(segment.loss for segment in segments),
+            corrected=_corrected(segments),
             keys=tuple(item.key for item in items),
             sources=tuple(item.source for item in items),
             lengths=tuple(item.length for item in items),
@@ -125,3 +133,20 @@ class Packs:
             level=self.level,
             split=self.split,
         )
+
+
+def _pictures(document: Document) -> list[ImageSegment]:
+    return [segment for segment in document.segments if isinstance(segment, ImageSegment)]
+
+
+def _corrected(images: list[ImageSegment]) -> CorrectedCodes | None:
+    """The stored codes of self-correction of all images; None unless each one that is trained on has them."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for image in images:
+        if image.codes is None or (image.loss and image.corrected is None):
+            return None
+        pairs.append(image.corrected if image.loss and image.corrected else (image.codes, image.codes))
+    if not pairs:
+        return None
+    input_codes, target_codes = zip(*pairs)
+    return CorrectedCodes(torch.cat(input_codes), torch.cat(target_codes))

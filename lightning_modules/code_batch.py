@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.scales import Grid
 
 
@@ -22,13 +23,13 @@ class CodeBatch:
     records: list[dict[str, Any]]
     """Each image's document record (its KEY.json)."""
     codes_BN: Tensor
-    """int64 on the CPU: target codes, flat, coarse to fine."""
-    input_codes_BN: Tensor | None
-    """int64 on the CPU: the codes to feed, where self-correction is on."""
+    """int64 on the CPU: flat, coarse to fine."""
     grids: tuple[Grid, ...]
     level: int
     aspect_ratio: float
     split: str
+    corrected: CorrectedCodes | None = None
+    """[B, N] on the CPU: codes to feed and to predict under self-correction, where it is on."""
     valid_size: tuple[int, int] | None = None
     """Height and width of the pictures where the rest is padding; None where there is none."""
 

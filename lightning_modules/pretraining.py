@@ -23,7 +23,7 @@ from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
 from nextflow.lightning_modules.answering import generated_of, request_of
-from nextflow.lightning_modules.encoding import encode_pixels
+from nextflow.lightning_modules.encoding import encode_pixels, rows_with_codes
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
 from nextflow.lightning_modules.token_metrics import TokenMetrics
 from nextflow.lightning_modules.tokenizer import load_tokenizer
@@ -31,6 +31,7 @@ from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, in
 from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
+from nextflow.sequence.correction import Correction
 from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import PackedRows
@@ -44,6 +45,7 @@ class PretrainingModule(L.LightningModule):
     Attributes that callbacks may set:
         total_steps: optimiser steps of the learning-rate schedule, when the config leaves it open.
         shard: `callable(transformer)`, applied once when the layers exist.
+        correction: self-correction of the images that the next training step learns from; None is off.
     """
 
     tokenizer: Tokenizer
@@ -91,6 +93,7 @@ class PretrainingModule(L.LightningModule):
         self.trainable, self.initialize_from, self.attention = trainable, initialize_from, attention
         self.tokenizer_path, self.text_tokenizer_path = tokenizer, text_tokenizer
         self.total_steps = total_steps
+        self.correction: Correction | None = None
         self.shard: Any = None
         self.transformer: Any = None  # a Transformer, once configure_model has run
         frozen = load_tokenizer(tokenizer)
@@ -247,7 +250,7 @@ class PretrainingModule(L.LightningModule):
 
     def encode(self, images: Sequence[Tensor], grids: Sequence[tuple[Grid, ...]]) -> list[Tensor]:
         """Codes int64 [N] of uint8 images [3, H, W] of any mix of sizes, by the frozen tokenizer, in their order."""
-        return encode_pixels(self.tokenizer, images, grids, self.device)
+        return [codes.target_N for codes in encode_pixels(self.tokenizer, images, grids, self.device)]
 
     # Checkpoints
 
@@ -289,10 +292,14 @@ class PretrainingModule(L.LightningModule):
         return self.transformer.cross_entropy(self.transformer(rows), rows.target_BL, rows.weight_BL)
 
     def _with_codes(self, batch) -> PackedRows:
-        if not batch.images:
-            return batch.rows
-        code_N = torch.cat(self.encode(batch.images, batch.grids))
-        return batch.rows.with_codes(code_N, code_offset=self.config.vocabulary.code_offset)
+        return rows_with_codes(batch, self.tokenizer, self.config.vocabulary.code_offset, self.correction, self.device)
+
+    def _corrected_share(self, rows: PackedRows) -> float:
+        """Of the codes that are trained on, the share that is fed as another code than the target."""
+        trained_N = rows.weight_BL.flatten()[rows.code_position_N] > 0
+        corrected_N = trained_N & (rows.input_code_N != rows.code_N)
+        corrected, trained = self._sum_over_ranks(torch.stack([corrected_N.sum(), trained_N.sum()]).float()).tolist()
+        return corrected / max(1.0, trained)
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
@@ -301,6 +308,8 @@ class PretrainingModule(L.LightningModule):
         totals = TokenMetrics(self.config.max_scales, self.device)
         totals.add(rows, tokens)
         values = totals.over_ranks(self._sum_over_ranks).named("train")
+        if self.correction is not None:
+            values["train/corrected_codes"] = self._corrected_share(rows)
         self.log("train/loss", values.pop("train/loss"), prog_bar=True)
         self.log_dict(values)
 

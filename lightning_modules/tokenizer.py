@@ -43,10 +43,10 @@ from nextflow.models.tokenizer.losses import (
     hinge_generator_loss,
 )
 from nextflow.models.tokenizer.model import Tokenizer
-from nextflow.models.tokenizer.quantizer import Correction
 from nextflow.models.tokenizer.semantic import read_tower
 from nextflow.models.tokenizer.stages import Stage, check_resumed, frozen_parts, stage_config, start_stage
 from nextflow.models.tokenizer.usage import CodebookUsage
+from nextflow.sequence.correction import CorrectedCodes, Correction
 
 
 class TokenizerModule(L.LightningModule):
@@ -74,8 +74,7 @@ class TokenizerModule(L.LightningModule):
             batches).
         gradient_clip: largest gradient norm of generator and discriminator each; set this, not
             `trainer.gradient_clip_val`.
-        correction: self-correction of predicted codes (token shards then hold fed and target codes); null is off.
-        correction_seed: the draws of self-correction are a function of this seed and the batch.
+        correction: self-correction of predicted codes (token shards then hold the corrected ones too); null is off.
         evaluation: what `test` measures.
     """
 
@@ -96,7 +95,6 @@ class TokenizerModule(L.LightningModule):
         total_steps: int | None = None,
         gradient_clip: float = 1.0,
         correction: Correction | None = None,
-        correction_seed: int = 0,
         evaluation: ReconstructionEvaluation = ReconstructionEvaluation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -115,7 +113,7 @@ class TokenizerModule(L.LightningModule):
         self.perceptual_weights, self.discriminator_start = perceptual_weights, discriminator_start
         self.generator_optimizer, self.discriminator_optimizer = generator_optimizer, discriminator_optimizer
         self.warmup_steps, self.total_steps, self.gradient_clip = warmup_steps, total_steps, gradient_clip
-        self.correction, self.correction_seed = correction, correction_seed
+        self.correction = correction
         self.scale_keep: tuple[bool, ...] | None = None
         self.shard: Any = None
         self._spread = False
@@ -252,17 +250,20 @@ class TokenizerModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> CodeBatch:
         """Codes of a batch of images. Raises ValueError for a tokenizer that was never trained."""
         self._check_trained()
-        generator = None
+        features_BChw = self.tokenizer.features(to_signed(batch.images), batch.grids)
+        encoding = self.tokenizer.quantizer.encode(features_BChw, batch.grids)
+        corrected = None
         if self.correction is not None:
-            generator = torch.Generator(self.device)
-            generator.manual_seed(hash((self.correction_seed, self.global_rank, dataloader_idx, batch_idx)) % 2**63)
-        encoding = self.tokenizer.encode(to_signed(batch.images), batch.grids, self.correction, generator)
+            names = [f"{batch.level}/{key}/{name}" for key, name in zip(batch.keys, batch.names)]
+            seed_B = self.correction.seeds(names, self.device)
+            drawn = self.tokenizer.quantizer.encode(features_BChw, batch.grids, self.correction, seed_B)
+            corrected = CorrectedCodes(drawn.input_codes_BN.cpu(), drawn.target_codes_BN.cpu())
         return CodeBatch(
             keys=batch.keys,
             names=batch.names,
             records=batch.records,
             codes_BN=encoding.target_codes_BN.cpu(),
-            input_codes_BN=None if self.correction is None else encoding.input_codes_BN.cpu(),
+            corrected=corrected,
             grids=batch.grids,
             level=batch.level,
             aspect_ratio=batch.aspect_ratio,

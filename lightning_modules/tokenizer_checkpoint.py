@@ -11,7 +11,7 @@ from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, Tokeni
 from nextflow.models.tokenizer.discriminator import DiscriminatorConfig
 from nextflow.models.tokenizer.losses import LossWeights
 from nextflow.models.tokenizer.model import Tokenizer
-from nextflow.models.tokenizer.quantizer import Correction
+from nextflow.sequence.correction import Correction
 from nextflow.sequence.scales import ScaleSchedule
 
 

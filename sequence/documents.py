@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.scales import Grid
 
 
@@ -65,9 +66,10 @@ class ImageSegment:
     grids: tuple[Grid, ...]
     """Grids of its scales, coarse to fine."""
     codes: Tensor | None = None
-    """Target codes [N], int64; None when the image is encoded on the fly."""
-    input_codes: Tensor | None = None
-    """Codes [N] that are fed instead of the targets (self-correction); None feeds the targets."""
+    """Codes [N], int64; None when the image is encoded on the fly."""
+    corrected: CorrectedCodes | None = None
+    """Codes [N] to feed and to predict under self-correction, where they are stored beside the plain ones. A layout holds the
+    plain ones; who trains exchanges them (`PackedRows.with_codes`)."""
     loss: bool = True
     """Whether its codes are trained on."""
 

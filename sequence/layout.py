@@ -58,7 +58,7 @@ class PackedRows:
     code_N: Tensor
     """int64, target codes of all images in document order, or UNKNOWN_CODE."""
     input_code_N: Tensor
-    """int64, the codes that are fed."""
+    """int64, the codes that are fed: the same, but for self-correction."""
     code_position_N: Tensor
     """int64, flat position b * L + l that predicts each code."""
     input_position_M: Tensor
@@ -89,12 +89,12 @@ class PackedRows:
         return same & (self.block_BL[:, None, :] <= self.block_BL[:, :, None])
 
     def with_codes(self, code_N: Tensor, code_offset: int, input_code_N: Tensor | None = None) -> PackedRows:
-        """Fill in the codes of images that were encoded on the fly, in document order; targets follow.
+        """Fill in or exchange the codes of images, in document order; targets follow.
 
         Args:
             code_N: int64 target codes of all images of the batch.
             code_offset: id of code 0 (`Vocabulary.code_offset`).
-            input_code_N: codes to feed instead (self-correction).
+            input_code_N: codes to feed, where they differ (self-correction).
         """
         if code_N.shape != self.code_N.shape:
             raise ValueError(f"the rows hold {self.code_N.numel()} codes, got {code_N.numel()}")
@@ -152,6 +152,7 @@ def lay_out(
         return torch.from_numpy(np.ascontiguousarray(np.concatenate(pieces) if pieces else empty))
 
     num_taps = config.num_taps(max((row.max_scales for row in built), default=1))
+    code_N = flat("code", None, np.int64)
     position = np.stack([table(axis, 0, np.float32) for axis in ("position_t", "position_h", "position_w")])
     return PackedRows(
         ids_BL=torch.from_numpy(table("ids", 0, np.int64)),
@@ -162,8 +163,8 @@ def lay_out(
         num_scales_BL=torch.from_numpy(table("num_scales", 0, np.int64)),
         target_BL=torch.from_numpy(table("target", IGNORE, np.int64)),
         weight_BL=torch.from_numpy(table("weight", 0, np.float32)),
-        code_N=flat("code", None, np.int64),
-        input_code_N=flat("input_code", None, np.int64),
+        code_N=code_N,
+        input_code_N=code_N.clone(),
         code_position_N=flat("code_position", image_starts, np.int64),
         input_position_M=flat("input_position", image_starts, np.int64),
         tap_index_MT=flat("tap_index", code_starts, np.int64, num_taps),
@@ -181,7 +182,7 @@ class _Row:
         self.num_documents = 0
         self.max_scales = 1
         names = "ids document block position_t position_h position_w scale num_scales target weight"
-        flat_names = "code input_code code_position input_position tap_index tap_weight"
+        flat_names = "code code_position input_position tap_index tap_weight"
         self.pieces: dict[str, list[np.ndarray]] = {name: [] for name in (*names.split(), *flat_names.split())}
 
     def add(self, document: Document) -> None:
@@ -220,7 +221,7 @@ class _Row:
         layout = image_layout(image.grids, self.config)
         num_codes, num_scales = num_codes_of(image.grids), len(image.grids)
         count = len(layout.block_P)
-        codes = _as_codes(image.codes, num_codes, "codes")
+        codes = _as_codes(image.codes, num_codes)
         ids = np.zeros(count, dtype=np.int64)
         ids[0] = self.vocabulary.boi
         spatial = layout.spatial_2P + start * layout.moves_P
@@ -237,8 +238,6 @@ class _Row:
         pieces["target"].append(target)
         pieces["weight"].append(layout.weight_P if image.loss else np.zeros(count, dtype=np.float32))
         pieces["code"].append(codes)
-        fed = codes if image.input_codes is None else _as_codes(image.input_codes, num_codes, "input_codes")
-        pieces["input_code"].append(fed)
         pieces["code_position"].append(np.arange(position, position + num_codes))
         pieces["input_position"].append(np.arange(position + 1, position + count))
         pieces["tap_index"].append(layout.tap_index_PT[1:] + self.num_codes)
@@ -265,10 +264,10 @@ def _first_id(segment: Segment, vocabulary: Vocabulary) -> int:
     return int(segment.ids[0])
 
 
-def _as_codes(codes: Tensor | np.ndarray | None, num_codes: int, name: str) -> np.ndarray:
+def _as_codes(codes: Tensor | np.ndarray | None, num_codes: int) -> np.ndarray:
     if codes is None:
         return np.full(num_codes, UNKNOWN_CODE, dtype=np.int64)
     array = np.asarray(codes, dtype=np.int64)
     if array.shape != (num_codes,):
-        raise ValueError(f"an image's {name} have shape {array.shape}, but its grids hold {num_codes} codes")
+        raise ValueError(f"an image's codes have shape {array.shape}, but its grids hold {num_codes} codes")
     return array

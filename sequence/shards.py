@@ -3,7 +3,8 @@
     _header.json          what the shard holds (see `ShardHeader`), always the first member
     KEY.json              {"segments": [{"text": "..."}, {"image": "0.png"}], "source": "...", ...}
     KEY.0.png             an image of a document shard
-    KEY.0.npz             the codes of an image of a token shard: `codes`, `level`, `base_grid`, optional `input_codes`
+    KEY.0.npz             the codes of an image of a token shard: `codes`, `level`, `base_grid`; with self-correction also
+                          `input_codes` and `target_codes`
 
 Shards are read by seeking: opening one reads the member headers, a sample reads its own bytes and nothing else. Writing is
 deterministic (no times, no user names) and atomic (a shard has its final name only when it is complete).
@@ -78,12 +79,14 @@ class Codes(NamedTuple):
     """The codes of one image, coarse to fine, each scale row-major."""
 
     codes_N: np.ndarray
-    """int32, the targets."""
-    input_codes_N: np.ndarray | None
-    """int32, the codes fed to the model where they differ from the targets (self-correction)."""
+    """int32, the plain codes: the nearest entries."""
     level: int
     base_grid: tuple[int, int]
     """(height, width): the entry of `ScaleSchedule.base_grids` that fixes the aspect ratio."""
+    input_codes_N: np.ndarray | None = None
+    """int32, what a model is fed under self-correction; None where the shard was made without."""
+    target_codes_N: np.ndarray | None = None
+    """int32, what it then has to predict: the nearest entries, given the codes fed before."""
 
 
 def encode_codes(codes: Codes) -> bytes:
@@ -93,8 +96,9 @@ def encode_codes(codes: Codes) -> bytes:
         "level": np.asarray(codes.level, dtype=np.int32),
         "base_grid": np.asarray(codes.base_grid, dtype=np.int32),
     }
-    if codes.input_codes_N is not None:
-        arrays["input_codes"] = np.ascontiguousarray(codes.input_codes_N, dtype=np.int32)
+    for name, corrected_N in (("input_codes", codes.input_codes_N), ("target_codes", codes.target_codes_N)):
+        if corrected_N is not None:
+            arrays[name] = np.ascontiguousarray(corrected_N, dtype=np.int32)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -109,8 +113,10 @@ def decode_codes(data: bytes) -> Codes:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             height, width = (int(side) for side in arrays["base_grid"])
-            input_codes_N = arrays["input_codes"] if "input_codes" in arrays.files else None
-            return Codes(arrays["codes"], input_codes_N, int(arrays["level"]), (height, width))
+            corrected = (
+                [arrays[name] for name in ("input_codes", "target_codes")] if "input_codes" in arrays else [None] * 2
+            )
+            return Codes(arrays["codes"], int(arrays["level"]), (height, width), *corrected)
     except (OSError, KeyError, EOFError) as error:
         raise ValueError(f"not a file of codes: {error}") from error
     except Exception as error:  # zipfile.BadZipFile and friends have no common base class

@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from nextflow.models.tokenizer.config import TRAINING_ONLY, TokenizerConfig
 from nextflow.models.tokenizer.pixel import PixelDecoder, PixelEncoder
-from nextflow.models.tokenizer.quantizer import Correction, DualCodebookQuantizer, Encoding, QuantizerOutput
+from nextflow.models.tokenizer.quantizer import DualCodebookQuantizer, Encoding, QuantizerOutput
 from nextflow.models.tokenizer.semantic import SemanticDecoder, SemanticEncoder
+from nextflow.sequence.correction import Correction
 from nextflow.sequence.scales import Grid
 
 
@@ -111,10 +112,10 @@ class Tokenizer(nn.Module):
         images_BCHW: Tensor,
         grids: Sequence[Grid],
         correction: Correction | None = None,
-        generator: torch.Generator | None = None,
+        seed_B: Tensor | None = None,
     ) -> Encoding:
-        """Codes of images in [-1, 1], int64 [B, N]. Self-correction draws from `generator` (on the images' device)."""
-        return self.quantizer.encode(self.features(images_BCHW, grids), grids, correction, generator)
+        """Codes of images in [-1, 1], int64 [B, N]. Draws of self-correction are functions of each image's seed."""
+        return self.quantizer.encode(self.features(images_BCHW, grids), grids, correction, seed_B)
 
     @torch.no_grad()
     def decode(self, codes_BN: Tensor, grids: Sequence[Grid], num_scales: int | None = None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nextflow.models.tokenizer.model import Tokenizer
-from nextflow.models.tokenizer.quantizer import Correction
+from nextflow.sequence.correction import Correction
 from nextflow.sequence.native import Fit, fit_to_stride
 from nextflow.sequence.scales import Grid
 
@@ -44,12 +44,11 @@ def encode_images(
     fit: Fit = "pad",
     max_batch: int = 16,
     correction: Correction | None = None,
-    generator: torch.Generator | None = None,
 ) -> list[ImageCodes]:
     """Codes of images of any sizes, in the order of `images`.
 
     An image's codes do not depend on those beside it, up to the rounding of fp32 where two entries are equally near;
-    with `correction`, the draws come from `generator` in the order in which the sizes first occur.
+    with `correction`, its draws are a function of `correction.seed` and the image's number in the list.
 
     Args:
         tokenizer: in evaluation mode.
@@ -57,7 +56,6 @@ def encode_images(
         fit: what happens to sides that are no multiple of the stride (`sequence.native`).
         max_batch: most images of one size that are encoded together.
         correction: self-correction, as in `Tokenizer.encode`.
-        generator: of its draws, on the tokenizer's device.
 
     Raises ValueError for an image of another form.
     """
@@ -74,7 +72,8 @@ def encode_images(
         images_BCHW = torch.stack([fitted[number] for number in numbers])
         height, width = images_BCHW.shape[-2:]
         grids = schedule.native_grids(height, width)
-        encoding = tokenizer.encode(images_BCHW, grids, correction, generator)
+        seed_B = None if correction is None else correction.seeds(numbers, device)
+        encoding = tokenizer.encode(images_BCHW, grids, correction, seed_B)
         for row, number in enumerate(numbers):
             size = (images[number].shape[1], images[number].shape[2])
             found[number] = ImageCodes(

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from nextflow.kernels.codebook import nearest_code, nearest_codes
 from nextflow.models.tokenizer.codebook_average import CodebookAverage
 from nextflow.models.tokenizer.codebook_health import CodebookHealth
-from nextflow.models.tokenizer.correction import Correction
 from nextflow.models.tokenizer.entropy import entropy_loss
 from nextflow.models.tokenizer.resample import resample
+from nextflow.sequence.correction import Correction
 from nextflow.sequence.scales import Grid, num_codes_of
 
 
@@ -175,11 +175,11 @@ class DualCodebookQuantizer(nn.Module):
         features_BCHW: Tensor,
         grids: Sequence[Grid],
         correction: Correction | None = None,
-        generator: torch.Generator | None = None,
+        seed_B: Tensor | None = None,
     ) -> Encoding:
-        """Codes of features; with `correction`, draws come from `generator` (on the features' device)."""
+        """Codes of features; with `correction`, an image's draws are a function of its seed (`Correction.seeds`)."""
         with torch.autocast(features_BCHW.device.type, enabled=False):
-            loop = self.scales(features_BCHW.float(), grids, correction=correction, generator=generator)
+            loop = self.scales(features_BCHW.float(), grids, correction=correction, seed_B=seed_B)
             steps = [step for _, step in loop if step is not None]
             return Encoding(
                 torch.cat([step.fed_BN for step in steps], dim=1),
@@ -229,7 +229,7 @@ class DualCodebookQuantizer(nn.Module):
         grids: Sequence[Grid],
         keep: Sequence[bool] | None = None,
         correction: Correction | None = None,
-        generator: torch.Generator | None = None,
+        seed_B: Tensor | None = None,
     ) -> Iterator[tuple[int, ScaleStep | None]]:
         """The residual loop: yields (scale, step), coarse to fine; the step of a dropped scale is None."""
         if tuple(features_BCHW.shape[-2:]) != tuple(grids[-1]):
@@ -239,7 +239,8 @@ class DualCodebookQuantizer(nn.Module):
         entries_KC = self.entries_KC()
         residual_BCHW = features_BCHW
         images = len(features_BCHW)
-        corrected_B = None if correction is None else correction.chosen_images(images, features_BCHW.device, generator)
+        if (correction is None) != (seed_B is None):
+            raise ValueError("self-correction needs a seed for each image, and nothing else does: see Correction.seeds")
         for scale, (height, width) in enumerate(grids):
             if keep is not None and scale > 0 and not keep[scale]:
                 yield scale, None
@@ -248,7 +249,7 @@ class DualCodebookQuantizer(nn.Module):
             vectors_NC = self.normalized(map_BChw.permute(0, 2, 3, 1).reshape(-1, self.code_dim))
             target_BN = self.nearest(vectors_NC, entries_KC).view(images, -1)
             fed_BN = target_BN
-            if correction is not None and corrected_B is not None:
+            if correction is not None and seed_B is not None:
                 near = nearest_codes(
                     *self._parts(vectors_NC),
                     *self._parts(entries_KC),
@@ -256,7 +257,8 @@ class DualCodebookQuantizer(nn.Module):
                     self.pixel_weight,
                     correction.top_k,
                 )
-                fed_BN = correction.fed_codes(near, target_BN, corrected_B, generator)
+                chosen_B = correction.chosen(seed_B)
+                fed_BN = correction.fed_codes(scale, near.distance_NT, near.index_NT, target_BN, seed_B, chosen_B)
             entries_NC = F.embedding(fed_BN.flatten(), entries_KC)
             entries_BChw = entries_NC.detach().view(-1, height, width, self.code_dim).permute(0, 3, 1, 2)
             upsampled_BCHW = resample(entries_BChw, grids[-1], "bicubic")

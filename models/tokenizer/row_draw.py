@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nextflow.models.tokenizer.ranks import gather_over_ranks, max_over_ranks, num_ranks, rank, sum_over_ranks
+from nextflow.sequence.draws import mix, uniforms
 
 
 def draw_keys(weight_BN: Tensor, seed: int) -> Tensor:
@@ -22,8 +23,7 @@ def draw_keys(weight_BN: Tensor, seed: int) -> Tensor:
     num_images, num_rows = weight_BN.shape
     images_R = gather_over_ranks(torch.tensor(num_images, device=weight_BN.device)).cpu()
     image_B = images_R[: rank()].sum() + torch.arange(num_images)
-    hash_BN = _mix(_mix(_mix(torch.tensor(seed)) + image_B)[:, None] + torch.arange(num_rows))
-    uniform_BN = (_shifted(hash_BN, 11).double() + 0.5) * 2.0**-53  # 53 of the 64 bits; inside (0, 1)
+    uniform_BN = uniforms(mix(torch.tensor(seed)) + image_B, num_rows)
     return (weight_BN.cpu().double().log() - (-uniform_BN.log()).log()).flatten()
 
 
@@ -60,16 +60,3 @@ def best_row_of_each(key_M: Tensor, entry_M: Tensor, rows_MC: Tensor, rows_KC: T
     found_KC[entry_M[won_M].to(rows_MC.device)] = rows_MC[won_M.to(rows_MC.device)]
     found_K = best_K.isfinite().to(rows_MC.device)
     return torch.where(found_K[:, None], sum_over_ranks(found_KC), rows_KC)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Spreads every bit of an int64 over all others (the finaliser of SplitMix64, Steele et al. 2014)."""
-    x = x - 7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number: 0 must not stay 0
-    x = (x ^ _shifted(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shifted(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x >> bits with zeros from the left; torch's own shift repeats the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -19,6 +19,7 @@ from nextflow.datamodules.text_to_image import TextToImageDataModule
 from nextflow.lightning_modules.tokenizer import TokenizerModule
 from nextflow.main import cli
 from nextflow.models.tokenizer.config import PixelConfig, TokenizerConfig
+from nextflow.sequence.correction import CorrectedCodes
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import ShardHeader, ShardWriter, decode_codes, open_shard
 from nextflow.sequence.text_tokenizer import train_text_tokenizer
@@ -35,7 +36,7 @@ def _prediction(level, split, images, corrected=False) -> SimpleNamespace:
         names=[name for _, name, _ in images],
         records=[record for _, _, record in images],
         codes_BN=codes,
-        input_codes_BN=codes + 1 if corrected else None,
+        corrected=CorrectedCodes(codes + 1, codes + 2) if corrected else None,
         grids=SCHEDULE.grids(level),
         level=level,
         aspect_ratio=1.0,
@@ -92,7 +93,8 @@ def test_codes_survive_and_land_by_level_and_split(tmp_path):
     assert codes.codes_N.tolist() == small.codes_BN[1].tolist() and codes.input_codes_N is None
     assert (codes.level, codes.base_grid) == (16, SCHEDULE.base_grid(1.0))
     codes = decode_codes(open_shard(tmp_path / "32" / "validation" / "000000.tar").read("a", "0.npz"))
-    assert codes.input_codes_N.tolist() == large.input_codes_BN[0].tolist()
+    assert codes.input_codes_N.tolist() == large.corrected.input_N[0].tolist()
+    assert codes.target_codes_N.tolist() == large.corrected.target_N[0].tolist()
 
 
 def test_a_document_is_written_when_all_its_images_have_codes(tmp_path):
@@ -227,14 +229,16 @@ def test_two_processes_write_one_data_set(run, two_ranks):
     assert sorted(path.stem for path in folder.iterdir()) == [f"{index:06d}" for index in range(4)]
     by_one = _stored(run)
     for key, codes in by_two.items():
-        # Draws belong to the process, but the first target is of the image alone.
-        assert codes.codes_N[0] == by_one[key].codes_N[0]
+        # Draws are functions of the image's name, so the number of processes does not matter.
+        for name in ("codes_N", "input_codes_N", "target_codes_N"):
+            assert getattr(codes, name).tolist() == getattr(by_one[key], name).tolist()
 
 
 def test_fed_codes_are_stored_beside_the_targets_and_read_back(run):
     _predict_with_config(run)
     stored = _stored(run)
     assert any((codes.input_codes_N != codes.codes_N).any() for codes in stored.values())
+    assert any((codes.target_codes_N != codes.codes_N).any() for codes in stored.values())
     train_text_tokenizer(["a cat"], run / "text_tokenizer", 258)
     data = TextToImageDataModule(
         shards={"train": f"{run}/codes/{{level}}/train/*.tar"},
@@ -245,9 +249,14 @@ def test_fed_codes_are_stored_beside_the_targets_and_read_back(run):
         batch_size=NUM_DOCUMENTS,
     )
     (batch,) = data.train_dataloader()
-    for name, field in (("code_N", 0), ("input_code_N", 1)):
-        expected = np.concatenate([stored[key][field] for key in batch.keys])
-        assert getattr(batch.rows, name).tolist() == expected.tolist()
+    read = {
+        "codes_N": batch.rows.code_N,
+        "input_codes_N": batch.corrected.input_N,
+        "target_codes_N": batch.corrected.target_N,
+    }
+    for name, codes_N in read.items():
+        assert codes_N.tolist() == np.concatenate([getattr(stored[key], name) for key in batch.keys]).tolist()
+    assert batch.image_names == tuple(f"/{key}.0" for key in batch.keys) and all(batch.image_losses)
 
 
 if __name__ == "__main__":  # one of two processes

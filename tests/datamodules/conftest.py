@@ -105,7 +105,7 @@ def random_codes(level: int, index: int) -> Codes:
     base_grid = (4, 16) if index % 3 == 0 else (8, 8)
     count = SCHEDULE.num_codes(level, base_grid[0] / base_grid[1])
     codes_N = np.random.default_rng([level, index]).integers(0, CODEBOOK_SIZE, count, dtype=np.int32)
-    return Codes(codes_N, None, level, base_grid)
+    return Codes(codes_N, level, base_grid)
 
 
 def _record(split: str, index: int) -> dict:

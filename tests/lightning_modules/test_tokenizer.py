@@ -257,13 +257,14 @@ def test_predict_returns_codes(stages, tmp_path):
     batch = _batch(1)
     expected = module.tokenizer.encode(to_signed(batch.images), batch.grids).target_codes_BN
     assert torch.equal(predictions[1].codes_BN, expected)
-    assert predictions[1].keys == batch.keys and predictions[1].input_codes_BN is None
+    assert predictions[1].keys == batch.keys and predictions[1].corrected is None
 
     module.correction = Correction(fraction=1.0, top_k=8, temperature=100.0)
     first = _trainer(tmp_path, precision="32-true").predict(module, LOADER)
     second = _trainer(tmp_path, precision="32-true").predict(module, LOADER)
-    assert (first[1].input_codes_BN != first[1].codes_BN).any()
-    assert all(torch.equal(a.input_codes_BN, b.input_codes_BN) for a, b in zip(first, second))
+    assert (first[1].corrected.input_N != first[1].codes_BN).any()
+    assert torch.equal(first[1].codes_BN, expected)  # the plain codes stay beside them
+    assert all(torch.equal(a.corrected.input_N, b.corrected.input_N) for a, b in zip(first, second))
 
 
 def test_errors_name_the_key(stages, tmp_path):

@@ -154,7 +154,8 @@ def test_codes_on_the_fly_equal_codes_from_shards() -> None:
 
 def test_self_corrected_inputs_leave_targets_alone() -> None:
     fed = torch.full((14,), 33)
-    rows = lay_out([[Document(segments=(_image(input_codes=fed),))]], VOCABULARY, LayoutConfig())
+    rows = lay_out([[Document(segments=(_image(),))]], VOCABULARY, LayoutConfig())
+    rows = rows.with_codes(rows.code_N, VOCABULARY.code_offset, fed)
     assert rows.code_N.tolist() == list(range(14))
     assert rows.input_code_N.tolist() == [33] * 14
     assert rows.target_BL[0, 1:15].tolist() == list(range(CODE, CODE + 14))

@@ -24,10 +24,11 @@ def codes_header(fingerprint: str = "0123456789abcdef") -> ShardHeader:
     return ShardHeader(kind="codes", schedule=SCHEDULE.to_dict(), tokenizer=fingerprint)
 
 
-@pytest.mark.parametrize("with_input_codes", [False, True])
-def test_codes_survive_a_shard_byte_by_byte(tmp_path, with_input_codes):
+@pytest.mark.parametrize("with_corrected", [False, True])
+def test_codes_survive_a_shard_byte_by_byte(tmp_path, with_corrected):
     codes_N = np.random.default_rng(0).integers(0, 2**17, 21, dtype=np.int32)
-    codes = Codes(codes_N, codes_N[::-1].copy() if with_input_codes else None, 32, (4, 4))
+    corrected = (codes_N[::-1].copy(), codes_N + 1) if with_corrected else (None, None)
+    codes = Codes(codes_N, 32, (4, 4), *corrected)
     with ShardWriter(tmp_path, header=codes_header()) as writer:
         writer.write("a", {"segments": [{"image": "0.png"}]}, {"0.npz": encode_codes(codes)})
 
@@ -37,9 +38,10 @@ def test_codes_survive_a_shard_byte_by_byte(tmp_path, with_input_codes):
 
     assert stored == encode_codes(read)
     assert read.codes_N.tobytes() == codes_N.tobytes()
-    assert (read.input_codes_N is None) == (not with_input_codes)
-    if codes.input_codes_N is not None:
+    assert (read.input_codes_N is None) == (not with_corrected)
+    if with_corrected:
         assert read.input_codes_N.tobytes() == codes.input_codes_N.tobytes()
+        assert read.target_codes_N.tobytes() == codes.target_codes_N.tobytes()
     assert (read.level, read.base_grid) == (32, (4, 4))
 
 

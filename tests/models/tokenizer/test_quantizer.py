@@ -153,7 +153,7 @@ def test_fp32_under_autocast():
 def test_correction_that_changes_nothing(correction):
     quantizer, features = _quantizer(), _features(SQUARE)
     plain = quantizer.encode(features, SQUARE)
-    corrected = quantizer.encode(features, SQUARE, correction, torch.Generator().manual_seed(0))
+    corrected = quantizer.encode(features, SQUARE, correction, correction.seeds(range(len(features))))
     assert torch.equal(plain.input_codes_BN, corrected.input_codes_BN)
     assert torch.equal(plain.target_codes_BN, corrected.target_codes_BN)
 
@@ -161,9 +161,12 @@ def test_correction_that_changes_nothing(correction):
 def test_the_residual_follows_the_fed_codes_and_targets_stay_nearest():
     quantizer, features = _quantizer(), _features(SQUARE)
     correction = Correction(fraction=0.6, top_k=5, temperature=10.0)
-    encoding = quantizer.encode(features, SQUARE, correction, torch.Generator().manual_seed(3))
-    again = quantizer.encode(features, SQUARE, correction, torch.Generator().manual_seed(3))
-    assert torch.equal(encoding.input_codes_BN, again.input_codes_BN)
+    seed_B = correction.seeds(range(len(features)))
+    encoding = quantizer.encode(features, SQUARE, correction, seed_B)
+    alone = quantizer.encode(features[1:], SQUARE, correction, seed_B[1:])
+    assert torch.equal(encoding.input_codes_BN[1:], alone.input_codes_BN)  # an image's draws are its own
+    with pytest.raises(ValueError, match="a seed for each image"):
+        quantizer.encode(features, SQUARE, correction)
 
     residual, start = features.clone(), 0
     for height, width in SQUARE:
