@@ -119,9 +119,10 @@ def test_quickstart_stages_and_configs_match() -> None:
 
 
 def test_quickstart_modules_have_a_command_line() -> None:
-    """`python -m MODULE` only works where the module ends with a __main__ block."""
+    """`python -m MODULE` only works where the module, or the __main__ of a folder, ends with a __main__ block."""
     for stage in STAGES:
         if stage.kind == "module":
-            path = ROOT.joinpath(*stage.module.split(".")[1:]).with_suffix(".py")
+            path = ROOT.joinpath(*stage.module.split(".")[1:])
+            path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
             tests = [ast.unparse(node.test) for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
             assert "__name__ == '__main__'" in tests, f"{stage.module} cannot be run"
