@@ -70,6 +70,8 @@ class CaptionThenImage(Arrangement):
         # Both are always drawn, so that changing one probability does not change the other's outcome.
         turned = draw is not None and draw.random() < self.captioning_probability
         dropped = draw is not None and draw.random() < self.caption_dropout
+        if all(part.is_text for part in parts):
+            raise ValueError("has no image")
         if turned:
             return ImageThenCaption()(parts, draw)
         if dropped:
@@ -83,7 +85,10 @@ class ImageThenCaption(Arrangement):
 
     def __call__(self, parts: list[Part], draw: random.Random | None) -> list[Part]:
         images = [part.without_loss() for part in parts if not part.is_text]
-        return images + [part for part in parts if part.is_text]
+        texts = [part for part in parts if part.is_text]
+        if not images or not texts:
+            raise ValueError(f"has no {'text' if images else 'image'}")
+        return images + texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The forms that a row of a user's JSON lines may have, and what each becomes: a list of text and image segments.
 
     {"segments": [{"text": "..."}, {"image": "a.png"}, {"text": "...", "loss": false}]}     any document
-    {"file": "cat.png", "caption": "a cat"}                                                 a caption and its image
+    {"file": "cat.png", "caption": "a cat"}            a caption and its image; also file_name or image, and text
     {"source": "before.png", "instruction": "make it red", "target": "after.png"}           an edit; `source` may be a list
     {"image": "cat.png", "question": "what is it?", "answer": "a cat"}                      a question, answer trained on
     {"messages": [{"role": "user", "content": "draw a cat"}, {"role": "assistant", "content": [{"image": "cat.png"}]}]}
@@ -86,11 +86,8 @@ def _document(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
 
 
 def _caption(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
-    file = _file(values, "image" if "image" in values else "file")
-    caption = values.get("caption")
-    if not isinstance(caption, str) or not caption.strip():
-        raise BadRow(f"{file}: empty caption")
-    return [Segment(caption.strip(), None), Segment(None, file)]
+    file = _file(values, *_IMAGE_KEYS)
+    return [Segment(_text(values, "caption", "text"), None), Segment(None, file)]
 
 
 def _edit(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
@@ -103,7 +100,7 @@ def _edit(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
 
 
 def _question(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
-    file = _file(values, "image" if "image" in values else "file")
+    file = _file(values, *_IMAGE_KEYS)
     question, answer = _text(values, "question"), _text(values, "answer")
     # The answer brings its own space, so that a question can be asked without one.
     return [Segment(None, file, loss=False), Segment(question, None, loss=False), Segment(f" {answer}", None)]
@@ -143,14 +140,16 @@ def _plain_text(values: Mapping[str, Any], turns: TurnNames) -> list[Segment]:
     return [Segment(_text(values, "text"), None)]
 
 
+# The names that captioned images have in this and in other tools.
+_IMAGE_KEYS = ("file", "file_name", "image")
 _FORMS: dict[str, Callable[[Mapping[str, Any], TurnNames], list[Segment]]] = {
     "segments": _document,
     "messages": _conversation,
     "instruction": _edit,
     "question": _question,
     "caption": _caption,
+    **dict.fromkeys(_IMAGE_KEYS, _caption),
     "text": _plain_text,
-    "file": _caption,
 }
 """The key that tells a form, and what reads it; the first that is there counts."""
 
@@ -170,17 +169,28 @@ def _segment(value: Any, where: str) -> Segment:
     return Segment(value["text"], None, loss) if kind == "text" else Segment(None, value["image"], loss)
 
 
-def _text(values: Mapping[str, Any], key: str) -> str:
-    text = values.get(key)
-    if not isinstance(text, str) or not text.strip():
-        raise BadRow(f'no "{key}", or an empty one')
-    return text.strip()
+def _text(values: Mapping[str, Any], *keys: str) -> str:
+    text = _value(values, keys).strip()
+    if not text:
+        raise BadRow(f'"{next(key for key in keys if key in values)}" is empty')
+    return text
 
 
-def _file(values: Mapping[str, Any], key: str) -> str:
-    if not isinstance(values.get(key), str) or not values[key]:
-        raise BadRow(f'no "{key}"')
-    return str(values[key])
+def _file(values: Mapping[str, Any], *keys: str) -> str:
+    file = _value(values, keys)
+    if not file:
+        raise BadRow(f'"{next(key for key in keys if key in values)}" is empty')
+    return file
+
+
+def _value(values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """The string under the first of the keys that is there."""
+    for key in keys:
+        if key in values:
+            if not isinstance(values[key], str):
+                raise BadRow(f'"{key}" is {json.dumps(values[key])}, not a string')
+            return str(values[key])
+    raise BadRow(f'no "{keys[0]}"; the row has the keys {", ".join(values)}')
 
 
 def _joined(segments: Sequence[Segment]) -> list[Segment]:

@@ -53,6 +53,8 @@ class DocumentsConfig:
     """Stop with an error when more rows than this cannot be used."""
     max_aspect_ratio: float = 4.0
     """Longest side of an image by its shortest, as far as the schedule's base grids go; the paper's end at 4."""
+    min_side: int = 16
+    """Shortest side of an image in pixels; smaller ones hold nothing to learn."""
     turns: TurnNames = field(default_factory=TurnNames)
     """What stands in front of the turns of a conversation."""
     samples_per_shard: int = 4096
@@ -228,6 +230,8 @@ def _read_image(name: str, config: DocumentsConfig) -> bytes:
         # Pillow names the buffer it was given, which tells a user nothing.
         reason = "its format is not known" if "cannot identify" in str(error) else str(error)
         raise BadRow(f"{name}: broken image, or none: {reason}") from error
+    if min(image.size) < config.min_side:
+        raise BadRow(f"{name}: its {image.width} x {image.height} pixels are fewer than `min_side` = {config.min_side}")
     if max(image.size) > config.max_aspect_ratio * min(image.size):
         raise BadRow(
             f"{name}: its {image.width} x {image.height} pixels are longer than `max_aspect_ratio` = "
@@ -237,8 +241,8 @@ def _read_image(name: str, config: DocumentsConfig) -> bytes:
 
 
 def _kind(row: Row) -> str:
-    """Its segments as letters: "ti" is a text, then an image."""
-    return "".join("i" if segment.text is None else "t" for segment in row.segments)
+    """Its segments in words: "text, image"."""
+    return ", ".join("image" if segment.text is None else "text" for segment in row.segments)
 
 
 def _folder(config: DocumentsConfig) -> Path:
@@ -278,7 +282,8 @@ def main() -> None:
     if report["rejected"]:
         print(f"{report['rejected']} of {report['rows']} rows rejected; all of them: {config.output}.rejected.jsonl")
     if check:
-        print(f"usable: {', '.join(f'{count} of form {form}' for form, count in report['usable'].items())}")
+        for form, count in report["usable"].items():
+            print(f"usable: {count} rows ({form})")
         if report["rejected"] > config.max_bad_fraction * report["rows"]:
             raise SystemExit(
                 f"error: more rows are rejected than `max_bad_fraction` = {config.max_bad_fraction} allows"

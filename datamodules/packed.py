@@ -182,6 +182,10 @@ class PackedRecipe:
         draw = sample.random(self.seed) if self.training else None
         source = sample.source or self.source
         parts = self.arrangements[source](self._parts(sample), draw)
+        if not any(part.segment.loss for part in parts):
+            raise ValueError(
+                "holds nothing that is trained on: each segment says loss: false, or is made so by the data type"
+            )
         document = Document(segments=tuple(part.segment for part in parts))
         length = document_length(document, feed_last_scale=self.layout.feed_last_scale)
         if self.max_length is not None and length > self.max_length:

@@ -97,6 +97,21 @@ def test_captions_and_questions_learn_texts_alone():
 
 
 @pytest.mark.parametrize(
+    ("arrange", "parts", "message"),
+    [
+        (CaptionThenImage(), [text(1)], "has no image"),
+        (CaptionThenImage(), [], "has no image"),
+        (ImageThenCaption(), [text(1)], "has no image"),
+        (ImageThenCaption(), [image(1)], "has no text"),
+        (AsStored(), [], "is empty"),
+    ],
+)
+def test_documents_of_another_type_are_refused(arrange, parts, message):
+    with pytest.raises(ValueError, match=message):
+        arrange(parts, None)
+
+
+@pytest.mark.parametrize(
     ("make", "key"),
     [
         (lambda: CaptionThenImage(caption_dropout=1.5), "data.caption_dropout"),

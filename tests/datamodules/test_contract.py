@@ -1,5 +1,7 @@
 """Every DataModule yields its batch contract, and refuses wrong data in words that say what to change."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from nextflow.datamodules.text_to_image import TextToImageDataModule
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import IGNORE, PADDING, UNKNOWN_CODE
 from nextflow.sequence.scales import ScaleSchedule
-from nextflow.sequence.shards import decode_codes, open_shard
+from nextflow.sequence.shards import ShardHeader, ShardWriter, decode_codes, open_shard
 
 
 def packed(shapes, kind=TextToImageDataModule, shards="codes", **options):
@@ -154,6 +156,17 @@ def test_a_caption_is_no_edit_and_says_so(shapes, caplog):
     with pytest.raises(ValueError, match=r"data\.max_bad_fraction"):
         next(iter(packed(shapes, EditingDataModule).train_dataloader()))
     assert "is no edit: it holds text, image" in caplog.text
+
+
+def test_a_document_without_anything_to_learn_is_skipped_and_says_so(shapes, tmp_path, caplog):
+    segments = [{"text": "words", "loss": False}]
+    with ShardWriter(tmp_path / "train", header=ShardHeader(kind="documents")) as writer:
+        writer.write("given", {"segments": segments}, {})
+        writer.write("learnt", {"segments": [*segments, {"text": "answer"}]}, {})
+    data = packed(SimpleNamespace(**{**vars(shapes), "documents": {"train": str(tmp_path / "train/*.tar")}}), TextDataModule,
+                  "documents", max_bad_fraction=0.6, batch_size=1)  # fmt: skip
+    assert [batch.keys for batch in data.train_dataloader()] == [("learnt",)] * 2
+    assert "key given: holds nothing that is trained on" in caplog.text
 
 
 def test_text_loss_false_trains_codes_alone(shapes):

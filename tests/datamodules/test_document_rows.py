@@ -65,21 +65,33 @@ def test_turns_have_the_names_of_the_config_and_other_keys_are_metadata():
     assert captioned.metadata == {"file": "a.png", "caption": "a cat", "shade": 3} and captioned.images == ["a.png"]
 
 
+@pytest.mark.parametrize("image", ["file", "file_name", "image"])
+@pytest.mark.parametrize("caption", ["caption", "text"])
+def test_captioned_images_of_other_tools_are_read(image, caption):
+    """Such as metadata.jsonl of Hugging Face's image folders: file_name and text."""
+    assert parse_row(json.dumps({image: "a.png", caption: " a cat "})).segments == [
+        text("a cat"),
+        Segment(None, "a.png"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ("{not json", "not JSON"),
         ("[1]", "not a JSON object"),
         ({"words": "a", "picture": "b"}, "has the keys words, picture; one of segments, messages, instruction"),
-        ({"caption": "a cat"}, 'no "file"'),
-        ({"file": "a.png", "caption": " "}, "a.png: empty caption"),
-        ({"file": "a.png"}, "a.png: empty caption"),
+        ({"caption": "a cat", "fil": "a.png"}, 'no "file"; the row has the keys caption, fil'),
+        ({"file": "", "caption": "a cat"}, '"file" is empty'),
+        ({"file": "a.png", "caption": " "}, '"caption" is empty'),
+        ({"file": "a.png", "caption": 7}, '"caption" is 7, not a string'),
+        ({"file": "a.png"}, 'no "caption"'),
         ({"instruction": "red", "target": "b.png"}, 'no "source"'),
         ({"source": "a.png", "instruction": "red"}, 'no "target"'),
-        ({"source": "a.png", "instruction": "", "target": "b.png"}, 'no "instruction", or an empty one'),
-        ({"question": "what?", "answer": "a", "image": 3}, 'no "image"'),
+        ({"source": "a.png", "instruction": "", "target": "b.png"}, '"instruction" is empty'),
+        ({"question": "what?", "answer": "a", "image": 3}, '"image" is 3, not a string'),
         ({"question": "what?", "image": "a.png"}, 'no "answer"'),
-        ({"text": 3}, 'no "text"'),
+        ({"text": 3}, '"text" is 3, not a string'),
         ({"segments": []}, '"segments" is no list'),
         ({"segments": ["a"]}, "segment 1 is no object"),
         ({"segments": [{"text": "a"}, {"img": "a.png"}]}, "segment 2 has the keys img; it needs text or image"),

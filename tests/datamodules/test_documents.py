@@ -15,7 +15,9 @@ def folder(tmp_path):
     (tmp_path / "images").mkdir()
     rows = []
     for index in range(10):
-        Image.new("RGB", (8, 8), (index * 20, 0, 0)).save(tmp_path / f"images/{index}.{'jpg' if index == 4 else 'png'}")
+        Image.new("RGB", (16, 16), (index * 20, 0, 0)).save(
+            tmp_path / f"images/{index}.{'jpg' if index == 4 else 'png'}"
+        )
         rows.append(
             json.dumps(
                 {"file": f"{index}.{'jpg' if index == 4 else 'png'}", "caption": f"shade {index}", "shade": index}
@@ -48,7 +50,7 @@ def test_bad_rows_are_reported_by_line(folder):
     for line, words in (
         (3, "broken image"),
         (5, "no such file"),
-        (7, "empty caption"),
+        (7, '"caption" is empty'),
         (9, "not JSON"),
         (11, 'no "file"'),
     ):
@@ -130,16 +132,22 @@ def test_every_form_becomes_a_document(mixed):
 
 def test_a_check_reads_everything_and_writes_the_rejected_rows_alone(folder):
     report = check_documents(config(folder, max_bad_fraction=0.0))
-    assert (report["rows"], report["rejected"], report["usable"]) == (15, 5, {"ti": 10})
+    assert (report["rows"], report["rejected"], report["usable"]) == (15, 5, {"text, image": 10})
     assert not (folder / "out").exists() and not (folder / "out.partial").exists()
     assert len((folder / "out.rejected.jsonl").read_text().splitlines()) == 5
 
 
+def test_images_of_a_few_pixels_are_rejected(mixed):
+    Image.new("RGB", (64, 15)).save(mixed / "images/1.png")
+    reasons = [row["reason"] for row in write_documents(config(mixed))["skipped"]]
+    assert reasons == ["1.png: its 64 x 15 pixels are fewer than `min_side` = 16"]
+
+
 def test_images_longer_than_the_schedules_ratios_are_rejected(mixed):
-    Image.new("RGB", (90, 10)).save(mixed / "images/1.png")
+    Image.new("RGB", (180, 20)).save(mixed / "images/1.png")
     report = write_documents(config(mixed))
     assert [row["line"] for row in report["skipped"]] == [2]
-    assert "1.png: its 90 x 10 pixels are longer than `max_aspect_ratio` = 4 allows" in report["skipped"][0]["reason"]
+    assert "1.png: its 180 x 20 pixels are longer than `max_aspect_ratio` = 4 allows" in report["skipped"][0]["reason"]
 
 
 def test_the_folder_of_the_rows_is_that_of_the_images(mixed):

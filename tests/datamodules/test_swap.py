@@ -74,21 +74,9 @@ def run(edits, tmp_path_factory):
     return folder
 
 
-def fit(run, data, *options):
-    """The values that the run logs."""
-    logged = cli(["fit", "-c", str(run / "run.yaml"), "--data", data, *options]).trainer.callback_metrics
-    assert logged["train/loss"].isfinite() and logged["val/loss"].isfinite()
-    return {name for name in logged if name.startswith("train/loss_") and "scale" not in name}
-
-
-@pytest.mark.parametrize("name", [*MODULES, "mixture"])
-def test_data_alone_is_swapped(run, name):
-    logged = fit(run, MODULES.get(name, str(run / "mixture.yaml")))
-    assert logged == {"train/loss_text", *(() if name in ("text", "image_to_text") else ("train/loss_image",))}
-
-
-def test_the_same_from_token_shards(run, edits):
-    """Documents with two images become codes by `predict`, then train as they did from images."""
+@pytest.fixture(scope="module")
+def codes(run, edits):
+    """Patterns of token shards: what `predict` makes of the documents, two images each."""
     predict = {
         "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": str(run),
                     "callbacks": [{"class_path": "nextflow.callbacks.code_writer.CodeWriter",
@@ -103,9 +91,48 @@ def test_the_same_from_token_shards(run, edits):
         "ckpt_path": str(run / "tokenizer.ckpt"),
     }  # fmt: skip
     (run / "predict.yaml").write_text(yaml.safe_dump(predict))
-    cli(["predict", "-c", str(run / "predict.yaml")])
+    # A fixture of the module runs before the one that clears the command line.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["main.py"])
+        cli(["predict", "-c", str(run / "predict.yaml")])
     shard = open_shard(run / "codes/32/train/000000.tar")
     assert len(shard) == 22 and all(sorted(shard.files(key)) == ["0.npz", "1.npz", "json"] for key in shard.keys)
-    patterns = {split: f"{run}/codes/{{level}}/{split}/*.tar" for split in ("train", "validation")}
-    options = [f"--data.init_args.shards={yaml.safe_dump(patterns, default_flow_style=True).strip()}"]
-    assert fit(run, MODULES["editing"], *options) == {"train/loss_text", "train/loss_image"}
+    return {split: f"{run}/codes/{{level}}/{split}/*.tar" for split in ("train", "validation")}
+
+
+def fit(run, data, *options):
+    """Names of the losses that the run logs."""
+    logged = cli(["fit", "-c", str(run / "run.yaml"), "--data", data, *options]).trainer.callback_metrics
+    assert logged["train/loss"].isfinite() and logged["val/loss"].isfinite()
+    return {name for name in logged if name.startswith("train/loss_") and "scale" not in name}
+
+
+def reading(patterns):
+    """The option that makes a DataModule read other shards."""
+    return f"--data.init_args.shards={yaml.safe_dump(patterns, default_flow_style=True).strip()}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_data_alone_is_swapped(run, codes, name):
+    learnt = {"train/loss_text", *(() if name in ("text", "image_to_text") else ("train/loss_image",))}
+    assert fit(run, MODULES[name]) == learnt
+    assert fit(run, MODULES[name], reading(codes)) == learnt
+
+
+def test_all_of_them_are_mixed(run, codes):
+    assert fit(run, str(run / "mixture.yaml")) == {"train/loss_text", "train/loss_image"}
+    mixture = yaml.safe_load((run / "mixture.yaml").read_text())
+    for source in mixture["init_args"]["sources"].values():
+        source["shards"] = codes
+    (run / "mixture_of_codes.yaml").write_text(yaml.safe_dump(mixture))
+    assert fit(run, str(run / "mixture_of_codes.yaml")) == {"train/loss_text", "train/loss_image"}
+
+
+def test_codes_made_on_the_fly_are_those_of_token_shards(run, codes):
+    """A fresh model of one seed, over the whole validation split."""
+    command = ["validate", "-c", str(run / "run.yaml"), "--data", MODULES["editing"], "--trainer.limit_val_batches=1.0"]
+    losses = [
+        {name: float(value) for name, value in cli([*command, *options]).trainer.callback_metrics.items()}
+        for options in ((), (reading(codes),))
+    ]
+    assert losses[0]["val/loss"] > 0 and losses[1] == pytest.approx(losses[0], rel=1e-5)
