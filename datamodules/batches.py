@@ -137,11 +137,13 @@ class Prompt:
     """Seed of this prompt's sampling."""
     key: str = ""
     """Key of the sample it was made from, else the index as digits."""
-    task: Literal["image", "text"] = "image"
-    """What to generate."""
+    task: Literal["image", "text", "reasoning"] = "image"
+    """What to generate: a picture, a text, or a text and then a picture."""
     split: str = "prompts"
     metadata: dict[str, Any] = field(default_factory=dict)
     """The sample's metadata, for rewards and benchmarks."""
+    reference: Tensor | None = None
+    """uint8 [3, H, W], the picture that the document ends with, where it is one of pixels: the known result of an edit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +151,8 @@ class PromptBatch:
     """Prompts that are generated together."""
 
     prompts: tuple[Prompt, ...]
+    position: int | None = None
+    """Training batches that were made up to and with this one; None outside of training."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -161,6 +165,5 @@ class PromptBatch:
                 return segment
             return replace(segment, pixels_CHW=segment.pixels_CHW.to(device, non_blocking=non_blocking))
 
-        return PromptBatch(
-            prompts=tuple(replace(prompt, segments=tuple(map(moved, prompt.segments))) for prompt in self.prompts)
-        )
+        prompts = tuple(replace(prompt, segments=tuple(map(moved, prompt.segments))) for prompt in self.prompts)
+        return replace(self, prompts=prompts)

@@ -1,45 +1,34 @@
-"""Prompts for generation: from a list in the config, a text file, or the captions or images of shards."""
+"""Prompts for generation: from a list in the config, a text file, or the documents of shards.
+
+`fit` gets them without end, each pass in an order of its own; sample i of that stream is drawn with seed + i, and where the
+stream stands is one number, the batches consumed. `predict`, `test` and validation get each prompt once, in order.
+"""
 
 import random
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from nextflow.datamodules.base import MAKE_CODES, MAKE_DOCUMENTS
 from nextflow.datamodules.batches import Prompt, PromptBatch, RawImage
-from nextflow.datamodules.images import caption_of, image_names
 from nextflow.datamodules.pixels import decode_image, fit_image
+from nextflow.datamodules.prompt_sources import PromptItem, PromptSource, Task, source_of_sample
 from nextflow.datamodules.streams import find_shards
 from nextflow.sequence.documents import TextSegment
 from nextflow.sequence.scales import ScaleSchedule
-from nextflow.sequence.shards import Shard, open_shard
+from nextflow.sequence.shards import open_shard
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
-
-Task = Literal["image", "text"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptItem:
-    """One prompt of the config, where a plain string does not say enough."""
-
-    prompt: str = ""
-    """The text; for task "text" it stands behind the image, as a question."""
-    level: int | None = None
-    """Level of the generated image; `data.level` if not given."""
-    aspect_ratio: float | None = None
-    """Height / width; `data.aspect_ratio` if not given."""
-    seed: int | None = None
-    """Seed of its sampling; `data.seed` plus the prompt's index if not given."""
-    image: str | None = None
-    """Path of an image in front of the text."""
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Prompts in batches, for `predict`, `test` and validation pictures."""
+    """Prompts in batches, for `predict`, `test`, validation pictures and policy optimisation."""
 
     def __init__(
         self,
@@ -51,8 +40,9 @@ class PromptDataModule(L.LightningDataModule):
         shards: Mapping[str, str] | None = None,
         splits: list[str] | None = None,
         per_split: int | None = None,
+        train_split: str = "train",
         task: Task = "image",
-        aspect_ratio: float = 1.0,
+        aspect_ratio: float | None = None,
         schedule: ScaleSchedule = ScaleSchedule(),  # noqa: B008 (frozen)
         batch_size: int = 8,
         num_workers: int = 0,
@@ -64,11 +54,14 @@ class PromptDataModule(L.LightningDataModule):
             level: level of the images, generated or given.
             prompts: texts, or items with prompt, level, aspect_ratio, seed, image.
             prompt_file: text file with one prompt a line.
-            shards: split -> glob pattern of shards whose captions (task image) or images (task text) are the prompts.
-            splits: splits to take; all of `shards` if not given.
-            per_split: how many of each split, drawn with `seed`; all if not given.
-            task: generate an "image" or a "text".
-            aspect_ratio: height / width of generated images.
+            shards: split -> glob pattern of shards whose documents are the prompts. Task image: what stands in front of their
+                last image, a caption, or sources and instruction of an edit; that image is the known result. Task text: their
+                first image. Task reasoning: their segments without loss.
+            splits: splits to take outside of `fit`; all of `shards` if not given.
+            per_split: how many of each split, drawn with `seed`, outside of `fit`; all if not given.
+            train_split: split of `shards` that `fit` takes.
+            task: generate an "image", a "text", or with "reasoning" a text and then an image.
+            aspect_ratio: height / width of generated images; if not given that of the document's own, and 1 without one.
             schedule: scale schedule.
             batch_size: prompts that are generated together.
             num_workers: loader processes.
@@ -96,15 +89,22 @@ class PromptDataModule(L.LightningDataModule):
         self.shards = dict(shards or {})
         self.splits = list(self.shards) if splits is None else splits
         self.per_split = per_split
+        self.train_split = train_split
+        self._consumed = 0
         self.text_tokenizer = load_text_tokenizer(text_tokenizer)
-        self._check(level, aspect_ratio, "data")
+        self._check(level, aspect_ratio or 1.0, "data")
         for index, item in enumerate(prompts or ()):
             if isinstance(item, PromptItem):
-                self._check(item.level or level, item.aspect_ratio or aspect_ratio, f"data.prompts[{index}]")
+                self._check(item.level or level, item.aspect_ratio or aspect_ratio or 1.0, f"data.prompts[{index}]")
+
+    def train_dataloader(self) -> DataLoader:
+        """The endless stream, from where it stopped. `batch_size` prompts for each process."""
+        sources = self._sources_of_shards([self.train_split], None) if self.shards else self._sources()
+        return DataLoader(_TrainingPrompts(sources, self), batch_size=None, num_workers=self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
         """Every prompt once over all ranks, in order of its index."""
-        rank, num_ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, num_ranks = self.rank
         data = _Prompts(self._sources()[rank::num_ranks], self)
         return DataLoader(data, batch_size=None, num_workers=self.num_workers)
 
@@ -116,30 +116,38 @@ class PromptDataModule(L.LightningDataModule):
         """The same prompts."""
         return self.predict_dataloader()
 
-    def make(self, source: "_Source") -> Prompt:
-        """Reads the image, if there is one, and encodes the text."""
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process' number, and how many there are."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def make(self, source: PromptSource) -> Prompt:
+        """Reads the images, if there are any, and encodes the texts."""
         item = source.item
         level = item.level or self.level
-        ratio = item.aspect_ratio or self.aspect_ratio
         segments: list[TextSegment | RawImage] = []
-        if source.image is not None or item.image is not None:
-            data = Path(item.image).read_bytes() if item.image is not None else source.read_image()
-            try:
-                image = decode_image(data)
-                grids = self.schedule.grids(level, image.height / image.width)
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"{source.where}: {item.image or source.image} cannot be used: {error}") from error
-            if self.task == "text":
-                ratio = image.height / image.width
-            pixels_CHW = fit_image(image, self.schedule.pixels(level, image.height / image.width))
-            segments.append(RawImage(pixels_CHW=pixels_CHW, grids=grids))
-        elif self.task == "text":
+        if item.image is not None:
+            segments.append(self._image(Path(item.image).read_bytes(), level, source, item.image))
+        for part in source.parts:
+            if "image" in part:
+                segments.append(self._image(source.read_image(part["image"]), level, source, part["image"]))
+            elif ids := self.text_tokenizer.encode(part["text"]):
+                segments.append(TextSegment(ids=ids))
+        ids = [] if source.parts else self.text_tokenizer.encode(item.prompt)
+        if ids:
+            segments.append(TextSegment(ids=ids))
+        images = [segment.pixels_CHW for segment in segments if isinstance(segment, RawImage)]
+        if self.task == "text" and not images:
             raise ValueError(
                 f"{source.where}: task text needs an image; give `image`, or document shards in data.shards"
             )
-        ids = [] if source.is_reference else self.text_tokenizer.encode(item.prompt)
-        if ids:
-            segments.append(TextSegment(ids=ids))
+        reference = None
+        if source.reference is not None:
+            reference = self._image(source.read_image(source.reference), level, source, source.reference).pixels_CHW
+        ratio = item.aspect_ratio or self.aspect_ratio
+        if ratio is None or self.task == "text":
+            known = [image for image in (reference, *images) if image is not None]
+            ratio = known[0].shape[1] / known[0].shape[2] if known else 1.0
         height, width = self.schedule.base_grid(ratio)
         return Prompt(
             index=source.index,
@@ -152,11 +160,61 @@ class PromptDataModule(L.LightningDataModule):
             task=self.task,
             split=source.split,
             metadata=source.metadata,
+            reference=reference,
         )
 
-    def _sources(self) -> list["_Source"]:
+    def _image(self, data: bytes, level: int, source: PromptSource, name: str) -> RawImage:
+        try:
+            image = decode_image(data)
+            grids = self.schedule.grids(level, image.height / image.width)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{source.where}: {name} cannot be used: {error}") from error
+        pixels_CHW = fit_image(image, self.schedule.pixels(level, image.height / image.width))
+        return RawImage(pixels_CHW=pixels_CHW, grids=grids)
+
+    # Exact resume
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes where the stream stands behind this batch, and takes the note off."""
+        if not isinstance(batch, PromptBatch) or batch.position is None:
+            return batch
+        self._consumed = batch.position
+        return replace(batch, position=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches consumed, equal on all ranks, and what decides which prompts they were of."""
+        return {"consumed": self._consumed, **self._decides()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a checkpoint stood.
+
+        Raises:
+            ValueError: another number of processes, batch size or seed.
+        """
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        for name, now in self._decides().items():
+            if state_dict[name] != now:
+                raise ValueError(
+                    f"the checkpoint was made with {name} = {state_dict[name]}, this run has {now}: the prompts cannot be "
+                    "taken up at the same place. Use the same value, or start from the weights alone."
+                )
+        # Lightning looks for a resumable loader; here the DataModule itself goes on at the same prompt.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        self._consumed = state_dict["consumed"]
+
+    def _decides(self) -> dict[str, int]:
+        return {
+            "trainer.devices x trainer.num_nodes": self.rank[1],
+            "data.batch_size": self.batch_size,
+            "data.seed": self.seed,
+        }
+
+    # Where prompts come from
+
+    def _sources(self) -> list[PromptSource]:
         if self.shards:
-            return self._sources_of_shards()
+            return self._sources_of_shards(self.splits, self.per_split)
         if self.prompt_file is not None:
             path = Path(self.prompt_file)
             if not path.is_file():
@@ -167,7 +225,7 @@ class PromptDataModule(L.LightningDataModule):
         else:
             items = list(self.prompts or ())
         return [
-            _Source(
+            PromptSource(
                 index=index,
                 item=PromptItem(prompt=item) if isinstance(item, str) else item,
                 where=f"data.prompts[{index}]" if self.prompt_file is None else f"{self.prompt_file}, prompt {index}",
@@ -175,21 +233,26 @@ class PromptDataModule(L.LightningDataModule):
             for index, item in enumerate(items)
         ]
 
-    def _sources_of_shards(self) -> list["_Source"]:
-        sources: list[_Source] = []
-        for split in self.splits:
+    def _sources_of_shards(self, splits: list[str], per_split: int | None) -> list[PromptSource]:
+        sources: list[PromptSource] = []
+        for split in splits:
             if split not in self.shards:
-                raise ValueError(f"data.splits names {split!r}, but data.shards has {sorted(self.shards)}")
+                raise ValueError(
+                    f"data.splits or data.train_split names {split!r}, but data.shards has {sorted(self.shards)}"
+                )
             pattern = self.shards[split].replace("{level}", str(self.level))
             how = MAKE_CODES if "{level}" in self.shards[split] else MAKE_DOCUMENTS
             shards = [open_shard(path) for path in find_shards(pattern, f"data.shards.{split}", how)]
             samples = [(shard, key) for shard in shards for key in shard.keys]
             # Shards are sorted by key: the first few would all be flags.
             random.Random(f"{self.seed}/{split}").shuffle(samples)
-            for shard, key in samples[: self.per_split]:
-                if self.task == "text" and shard.header.kind != "documents":
-                    raise ValueError(f"data.shards.{split}: {shard.path} holds codes, task text needs document shards")
-                sources.append(_source_of_sample(len(sources), shard, key, split, self.task))
+            for shard, key in samples[:per_split]:
+                source = source_of_sample(len(sources), shard, key, split, self.task)
+                if shard.header.kind != "documents" and any("image" in part for part in source.parts):
+                    raise ValueError(
+                        f"data.shards.{split}: {shard.path} holds codes; prompts with images need document shards"
+                    )
+                sources.append(source)
         return sources
 
     def _check(self, level: int, aspect_ratio: float, where: str) -> None:
@@ -206,43 +269,35 @@ class PromptDataModule(L.LightningDataModule):
         return lambda: self.schedule.base_grid(aspect_ratio)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A prompt before its image is read."""
+class _TrainingPrompts(IterableDataset):
+    """Batch n of rank r holds samples (n * ranks + r) * batch_size and on of an endless stream of shuffled passes."""
 
-    index: int
-    item: PromptItem
-    where: str
-    key: str = ""
-    split: str = "prompts"
-    shard: Shard | None = None
-    image: str | None = None
-    is_reference: bool = False
-    """The text is what the answer is compared with; the model does not see it."""
-    metadata: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, sources: list[PromptSource], owner: PromptDataModule):
+        self.sources, self.make, self.seed = sources, owner.make, owner.seed
+        self.batch_size, self.start = owner.batch_size, owner._consumed
+        self.rank, self.num_ranks = owner.rank
 
-    def read_image(self) -> bytes:
-        assert self.shard is not None and self.image is not None
-        return self.shard.read(self.key, self.image)
+    def __iter__(self) -> Iterator[PromptBatch]:
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        order = lru_cache(maxsize=2)(self._order)
+        for number in count(self.start + worker, num_workers):
+            first = (number * self.num_ranks + self.rank) * self.batch_size
+            prompts = []
+            for index in range(first, first + self.batch_size):
+                number_of_pass, place = divmod(index, len(self.sources))
+                source = self.sources[order(number_of_pass)[place]]
+                prompts.append(self.make(replace(source, index=index, item=replace(source.item, seed=None))))
+            yield PromptBatch(prompts=tuple(prompts), position=number + 1)
 
-
-def _source_of_sample(index: int, shard: Shard, key: str, split: str, task: Task) -> _Source:
-    record = shard.record(key)
-    return _Source(
-        index=index,
-        item=PromptItem(prompt=caption_of(record)),
-        where=f"{shard.path}, key {key}",
-        key=key,
-        split=split,
-        shard=shard,
-        image=image_names(record)[0] if task == "text" else None,
-        is_reference=task == "text",
-        metadata=record.get("metadata", {}),
-    )
+    def _order(self, number_of_pass: int) -> list[int]:
+        order = list(range(len(self.sources)))
+        random.Random(f"{self.seed}/{number_of_pass}").shuffle(order)
+        return order
 
 
 class _Prompts(IterableDataset):
-    def __init__(self, sources: list[_Source], owner: PromptDataModule):
+    def __init__(self, sources: list[PromptSource], owner: PromptDataModule):
         self.batches = [sources[start : start + owner.batch_size] for start in range(0, len(sources), owner.batch_size)]
         self.make = owner.make
 

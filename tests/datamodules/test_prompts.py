@@ -1,14 +1,18 @@
+from itertools import islice
+
 import pytest
 import torch
 
 from nextflow.datamodules.batches import RawImage
 from nextflow.datamodules.prompts import PromptDataModule, PromptItem
 from nextflow.sequence.documents import TextSegment
-from nextflow.sequence.shards import open_shard
+from nextflow.sequence.shards import ShardHeader, ShardWriter, open_shard
 
 
-def make(shapes, **options):
-    return PromptDataModule(text_tokenizer=shapes.text_tokenizer, schedule=shapes.schedule, level=32, **options)
+def make(shapes, shards=None, **options):
+    return PromptDataModule(
+        text_tokenizer=shapes.text_tokenizer, schedule=shapes.schedule, level=32, shards=shards, **options
+    )
 
 
 def prompts_of(data):
@@ -33,16 +37,16 @@ def test_a_text_file_has_one_prompt_a_line(shapes, tmp_path, num_workers):
 
 
 def test_captions_of_shards(shapes):
-    prompts = prompts_of(make(shapes, shards=shapes.documents, per_split=4))
+    prompts = prompts_of(make(shapes, shapes.documents, per_split=4))
     assert [prompt.split for prompt in prompts] == ["train"] * 4 + ["validation"] * 4
     assert [prompt.index for prompt in prompts] == list(range(8))
     assert all(f"shape number {prompt.metadata['number']} of {prompt.split}" in prompt.text for prompt in prompts)
-    same = prompts_of(make(shapes, shards=shapes.codes, per_split=4))
+    same = prompts_of(make(shapes, shapes.codes, per_split=4))
     assert [prompt.key for prompt in same] == [prompt.key for prompt in prompts]
 
 
 def test_task_text_shows_the_image_and_hides_the_caption(shapes):
-    prompts = prompts_of(make(shapes, shards=shapes.documents, splits=["validation"], task="text"))
+    prompts = prompts_of(make(shapes, shapes.documents, splits=["validation"], task="text"))
     assert len(prompts) == 7
     for prompt in prompts:
         (segment,) = prompt.segments
@@ -83,7 +87,60 @@ def test_wrong_data_names_its_place(shapes, tmp_path):
         prompts_of(make(shapes, prompts=[PromptItem(image=str(tmp_path / "x.png"))], task="text"))
     with pytest.raises(ValueError, match=r"task text needs"):
         prompts_of(make(shapes, prompts=["a"], task="text"))
-    with pytest.raises(ValueError, match=r"holds codes, task text needs document shards"):
-        prompts_of(make(shapes, shards=shapes.codes, task="text"))
+    with pytest.raises(ValueError, match=r"holds codes; prompts with images need document shards"):
+        prompts_of(make(shapes, shapes.codes, task="text"))
     with pytest.raises(FileNotFoundError, match=r"data\.prompt_file"):
         prompts_of(make(shapes, prompt_file=str(tmp_path / "none.txt")))
+
+
+def stream(data, batches):
+    return list(islice(data.train_dataloader(), batches))
+
+
+def names(batches):
+    return [(prompt.key, prompt.seed, prompt.index) for batch in batches for prompt in batch.prompts]
+
+
+def test_fit_gets_every_prompt_once_a_pass_with_seeds_of_its_own(shapes):
+    data = make(shapes, shapes.documents, seed=40, batch_size=4)
+    seen = names(stream(data, 11))
+    keys = [key for key, _, _ in seen]
+    assert sorted(keys[:22]) == sorted(keys[22:44]) == [f"train{index:03d}" for index in range(22)]
+    assert keys[:22] != keys[22:44]
+    assert [seed for _, seed, _ in seen] == [40 + index for _, _, index in seen] == list(range(40, 84))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_stream_goes_on_where_it_was_consumed(shapes, num_workers):
+    straight = stream(make(shapes, shapes.documents, batch_size=3), 9)
+    data = make(shapes, shapes.documents, batch_size=3, num_workers=num_workers)
+    first = [data.on_after_batch_transfer(batch, 0) for batch in stream(data, 4)]
+    assert names(first) == names(straight[:4]) and all(batch.position is None for batch in first)
+    resumed = make(shapes, shapes.documents, batch_size=3, num_workers=num_workers)
+    resumed.load_state_dict(data.state_dict())
+    assert names(stream(resumed, 5)) == names(straight[4:])
+    with pytest.raises(ValueError, match=r"data\.batch_size = 3, this run has 2"):
+        make(shapes, shapes.documents, batch_size=2).load_state_dict(data.state_dict())
+
+
+def test_edits_show_sources_and_instruction_and_know_their_result(shapes, edits):
+    for prompt in prompts_of(make(shapes, edits.documents, splits=["validation"])):
+        source, instruction = prompt.segments
+        assert isinstance(source, RawImage) and isinstance(instruction, TextSegment)
+        assert prompt.text.startswith("now make it") and prompt.task == "image"
+        assert prompt.reference.dtype == torch.uint8 and not torch.equal(prompt.reference, source.pixels_CHW)
+        assert prompt.aspect_ratio == prompt.reference.shape[1] / prompt.reference.shape[2]
+    with pytest.raises(ValueError, match="prompts with images need document shards"):
+        prompts_of(make(shapes, edits.codes))
+
+
+def test_reasoning_is_asked_for_by_segments_without_loss(shapes, tmp_path):
+    record = {"segments": [{"text": "two plus one dots", "loss": False}, {"text": "three dots"}, {"image": "0.png"}]}
+    picture = open_shard(shapes.root / "train/000000.tar")
+    with ShardWriter(tmp_path / "train", header=ShardHeader(kind="documents")) as writer:
+        writer.write("a", record, {"0.png": picture.read(picture.keys[1], "0.png")})
+    shards = {"train": f"{tmp_path}/train/*.tar"}
+    (prompt,) = prompts_of(make(shapes, shards, task="reasoning"))
+    assert prompt.text == "two plus one dots" and len(prompt.segments) == 1 and prompt.reference is not None
+    with pytest.raises(ValueError, match="segments without loss"):
+        prompts_of(make(shapes, shapes.documents, task="reasoning"))

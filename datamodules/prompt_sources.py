@@ -1,0 +1,77 @@
+"""Where prompts come from: items of the config, lines of a file, documents of shards. Nothing is read until it is needed."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nextflow.datamodules.images import caption_of, image_names
+from nextflow.sequence.shards import Shard
+
+Task = Literal["image", "text", "reasoning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptItem:
+    """One prompt of the config, where a plain string does not say enough."""
+
+    prompt: str = ""
+    """The text; for task "text" it stands behind the image, as a question."""
+    level: int | None = None
+    """Level of the generated image; `data.level` if not given."""
+    aspect_ratio: float | None = None
+    """Height / width; `data.aspect_ratio` if not given."""
+    seed: int | None = None
+    """Seed of its sampling; `data.seed` plus the prompt's index if not given."""
+    image: str | None = None
+    """Path of an image in front of the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """A prompt before its image is read."""
+
+    index: int
+    item: PromptItem
+    where: str
+    key: str = ""
+    split: str = "prompts"
+    shard: Shard | None = None
+    parts: tuple[dict[str, Any], ...] = ()
+    """Segments of the sample's record that the model is shown; without them it is shown `item`."""
+    reference: str | None = None
+    """File of the known result."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def read_image(self, name: str) -> bytes:
+        assert self.shard is not None
+        return self.shard.read(self.key, name)
+
+
+def source_of_sample(index: int, shard: Shard, key: str, split: str, task: Task) -> PromptSource:
+    record = shard.record(key)
+    segments, images = record["segments"], image_names(record)
+    where = f"{shard.path}, key {key}"
+    reference = None
+    if task == "text":
+        parts = [{"image": images[0]}]
+    elif task == "reasoning":
+        parts = [segment for segment in segments if not segment.get("loss", True)]
+        if not parts:
+            raise ValueError(f"{where}: task reasoning needs segments without loss in front; this document has none")
+    else:
+        last = max((place for place, segment in enumerate(segments) if "image" in segment), default=len(segments))
+        # A caption may stand behind its picture.
+        parts = segments[:last] or [segment for segment in segments if "text" in segment]
+    if task != "text" and images and shard.header.kind == "documents":
+        reference = images[-1]
+    shown = caption_of(record if task == "text" else {"segments": parts})
+    return PromptSource(
+        index=index,
+        item=PromptItem(prompt=shown),
+        where=where,
+        key=key,
+        split=split,
+        shard=shard,
+        parts=tuple(parts),
+        reference=reference,
+        metadata=record.get("metadata", {}),
+    )
