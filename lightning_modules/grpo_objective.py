@@ -1,12 +1,12 @@
-"""The arithmetic of GRPO over blocks of codes and text ids (NextFlow 3.2.5, equation 5; VAR-RL, arXiv 2601.02256), as pure functions.
+"""The arithmetic of GRPO over scales of codes and text ids, as pure functions (NextFlow 3.2.5, equation 5; VAR-RL, 2601.02256).
 
     A_i    = (R_i - mean of the group) / (std of the group + 1e-4)
     rho_n  = exp(logprob_n - old_n)
     loss   = sum over actions n of c_n * ( -min(rho_n A, clip(rho_n, 1 - epsilon, 1 + epsilon_high) A) + beta * k3_n )
     k3_n   = exp(ref_n - logprob_n) - (ref_n - logprob_n) - 1
 
-An action is a code or a text id that was drawn. c_n holds the weight k_t of its scale, 1 / (h_t w_t)^alpha, zero where nothing is
-trained, and the normaliser of `loss_type`. The loss is a sum over actions, so micro-batches add up to the batch exactly.
+An action is a code or a text id that was drawn. c_n holds the weight k_t of its scale, 1 / (h_t w_t)^alpha, zero where nothing
+is trained, and the normaliser of `loss_type`. The loss is a sum over actions, so micro-batches add up to the batch exactly.
 
 Options have the names and the meaning that they have in TRL's GRPOConfig; `importance_sampling_level` knows one level more.
 
@@ -41,13 +41,13 @@ class ObjectiveConfig:
     beta: float = 0.0
     """Weight of the KL divergence to the frozen reference, estimated as k3; 0 keeps no reference."""
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = "grpo"
-    """"grpo": the weighted mean over the actions of each roll-out, then over roll-outs (the paper's 1/G). "bnpo": over all actions
-    of a process. "dapo": over all actions of all processes. "dr_grpo": the sum over actions by `max_completion_length`."""
+    """Weighted mean over the actions of each roll-out, then over roll-outs, as in the paper (grpo); over all actions of
+    a process (bnpo) or of all processes (dapo); or the sum over actions divided by `max_completion_length` (dr_grpo)."""
     max_completion_length: int | None = None
     """Divisor of "dr_grpo": the most actions that a roll-out can have."""
     importance_sampling_level: Literal["token", "scale", "sequence"] = "token"
-    """What one ratio is of: an action; a whole scale, the product over its cells, as the paper writes (a text id is a step of its
-    own); or a roll-out, the geometric mean over its actions (GSPO)."""
+    """What one ratio is of: an action; a whole scale, the product over its cells, as the paper writes (a text id is a step of
+    its own); or a roll-out, the geometric mean over its actions (GSPO)."""
     alpha: float = 0.7
     """k_t = 1 / (h_t w_t)^alpha: how far large scales are held back (VAR-RL: 0.6 to 0.8 are best)."""
 
