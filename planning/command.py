@@ -1,7 +1,5 @@
 """`python main.py plan -c CONFIG ...`: what a run will need, before it is launched.
 
-    parameters, bytes on each device, FLOPs of a step and of an image, codes of each scale and aspect ratio
-
 Configs and overrides are those of `fit`. Nothing is instantiated but the model's modules, on the meta device: no data, weights
 or devices need to be there.
 """
@@ -16,22 +14,29 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from nextflow.planning.plan import Plan, PlanOptions
 
 USAGE = "main.py plan -c CONFIG [-c CONFIG ...] [--json] [--plan.KEY VALUE ...] [--KEY VALUE ...]"
+DESCRIPTION = """What `fit` with the same words would need, before it is launched: parameters by part, bytes on each device,
+FLOPs of a batch, an optimiser step and a generated image, codes of each scale and aspect ratio. Nothing of the run has to be
+there: no data, weights or devices. What only files know is read from them where they are there, else given by --plan.KEY."""
+EPILOG = """Every key of the run can be changed as in `fit`: --trainer.devices 4, --data.budget 32768,
+--model.transformer.num_layers 2 (`main.py fit --help`; docs/configs.md has more about planning)."""
 
 
 class _Parser(LightningCLI):
     """Parses what `fit` parses, and the plan's own options; builds nothing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="Print the numbers as JSON instead of tables.")
-        parser.add_class_arguments(PlanOptions, "plan")
+        _add_options(parser)
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Accepted, as in `fit`, and not read.")
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
 
     def instantiate_classes(self) -> None:
         """The plan builds what it needs."""
@@ -42,6 +47,15 @@ def main(arguments: list[str]) -> None:
 
     Raises ValueError naming the key where a size is missing.
     """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if arguments in ([], ["-h"], ["--help"]):
+        parser = ArgumentParser(prog="main.py plan", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
+        parser.add_argument(
+            "-c", "--config", metavar="CONFIG", help="A config, as in `fit`; of several, later ones win."
+        )
+        _add_options(parser)
+        parser.print_help()
+        return
     config = parse(arguments)
     plan = plan_of(config, PlanOptions(**config.plan.as_dict()))
     if config.json:
@@ -56,9 +70,13 @@ def main(arguments: list[str]) -> None:
         show(plan)
 
 
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print the numbers as JSON instead of tables.")
+    parser.add_class_arguments(PlanOptions, "plan")
+
+
 def parse(arguments: list[str]) -> Any:
     """The config that a command line stands for, with the plan's options under `plan`; classes are named, not built."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     return _Parser(
         LightningModule,
@@ -68,7 +86,7 @@ def parse(arguments: list[str]) -> Any:
         auto_configure_optimizers=False,
         save_config_callback=None,
         seed_everything_default=False,
-        parser_kwargs={"usage": USAGE, "prog": "main.py plan", "description": __doc__.split("\n", 1)[0]},
+        parser_kwargs={"usage": USAGE, "prog": "main.py plan"},
         args=arguments,
         run=False,
     ).config

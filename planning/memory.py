@@ -93,8 +93,8 @@ def training_memory(
     *,
     optimizer: int,
     activations: float,
-    largest_block: int = 0,
-    outside_blocks: int = 0,
+    whole_weights: int = 0,
+    whole_gradients: int = 0,
     products: int = 0,
 ) -> dict[str, float]:
     """Bytes on each device while it trains.
@@ -104,8 +104,8 @@ def training_memory(
         modules: all that is on the device, on meta.
         optimizer: bytes of the whole state, before it is split over shards.
         activations: bytes of the largest batch.
-        largest_block: parameters of the largest unit that FSDP2 gathers.
-        outside_blocks: parameters of the root unit (embeddings, head), which stay gathered from forward to backward.
+        whole_weights: parameters that FSDP2 gathers on every device at the same time.
+        whole_gradients: gradients that are whole on every device at the same time, before FSDP2 sums and splits them.
         products: parameters that go through products, of which autocast keeps copies for the backward pass.
     """
     parameters = [parameter for module in modules for parameter in module.parameters()]
@@ -120,11 +120,11 @@ def training_memory(
         memory["ema"] = weights / run.shards
     if run.strategy == "ddp":
         memory["gradient_buckets"] = gradients
-    if run.shards > 1:
-        # While one block computes the next is gathered; gradients wait until they are summed over devices.
-        memory["gathered_weights"] = (outside_blocks + 2 * largest_block) * run.weight_bytes
-        memory["gathered_gradients"] = (outside_blocks + largest_block) * run.weight_bytes
-    if run.compute_bytes < run.weight_bytes:
+    if run.strategy == "fsdp2":
+        memory["gathered_weights"] = whole_weights * run.gathered_bytes
+        copied = run.reduced_bytes if run.reduced_bytes != run.gathered_bytes else 0
+        memory["gathered_gradients"] = whole_gradients * (run.gathered_bytes + copied)
+    if run.compute_bytes < run.gathered_bytes:
         memory["autocast_copies"] = products * run.compute_bytes
     memory["activations"] = activations
     return memory

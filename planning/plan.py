@@ -13,7 +13,7 @@ class PlanOptions:
     """What `plan` cannot read off a config, or should assume."""
 
     text_size: int | None = None
-    """Number of text ids, where the folder of model.text_tokenizer is not there (Qwen2.5-VL: 152064)."""
+    """Number of text ids, where the folder of model.text_tokenizer is not there (Qwen2.5-VL: 151665)."""
     codebook_size: int | None = None
     """Number of codes, where the data does not say and the checkpoint of model.tokenizer is not there."""
     code_dim: int | None = None
@@ -50,7 +50,7 @@ class Step:
     flops: float
     """Forward and backward, as executed."""
     model_flops: float
-    """Three forward passes: what a device's peak is compared with (MFU)."""
+    """Three forward passes (two through frozen blocks): what a device's peak is compared with (MFU)."""
     activations: float
     """Bytes that the backward pass needs."""
     logits: float

@@ -30,7 +30,17 @@ class Run:
     """Devices that share one copy of the parameters."""
     precision: str
     weight_bytes: int
+    """Of a weight, its gradient and what the optimiser keeps of it."""
     compute_bytes: int
+    """Of a number that products take."""
+    residual_bytes: int
+    """Of a number of the residual stream."""
+    gathered_bytes: int
+    """Of a weight, and of its gradient, while FSDP2 has them whole on every device."""
+    reduced_bytes: int
+    """Of a gradient while FSDP2 sums it over devices."""
+    resharded: bool
+    """Whether FSDP2 frees gathered weights behind the forward pass."""
     accumulate: int
     """Batches of each device in one optimiser step."""
     ema: bool
@@ -61,16 +71,27 @@ def read_run(trainer: Any, activation_checkpointing: bool | None, notes: list[st
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision {precision}: plan knows {', '.join(PRECISIONS)}")
     weight_bytes, compute_bytes = PRECISIONS[precision]
-    sharding = callback_options(trainer, "FSDPSharding")
+    sharding = callback_options(trainer, "FSDPSharding") if strategy == "fsdp2" else None
+    if strategy == "fsdp2" and sharding is None:
+        raise ValueError(
+            "trainer.strategy is ModelParallelStrategy, but trainer.callbacks has no FSDPSharding, which does the sharding"
+        )
+    options = sharding or {}
+    # The types of FSDPSharding count inside of what it wraps, the residual stream included.
+    gathered_bytes = _bytes(options.get("param_dtype")) or weight_bytes
     if activation_checkpointing is None:
-        activation_checkpointing = bool(sharding and sharding.get("activation_checkpointing"))
+        activation_checkpointing = bool(options.get("activation_checkpointing"))
     return Run(
         strategy=strategy,
         devices=devices,
         shards=shards,
         precision=precision,
         weight_bytes=weight_bytes,
-        compute_bytes=compute_bytes,
+        compute_bytes=min(compute_bytes, gathered_bytes),
+        residual_bytes=gathered_bytes,
+        gathered_bytes=gathered_bytes,
+        reduced_bytes=_bytes(options.get("reduce_dtype")) or gathered_bytes,
+        resharded=options.get("reshard_after_forward", True),
         accumulate=int(trainer.accumulate_grad_batches),
         ema=callback_options(trainer, "EMA") is not None,
         activation_checkpointing=activation_checkpointing,
@@ -84,6 +105,10 @@ def callback_options(trainer: Any, name: str) -> Any | None:
         if callback.class_path.rsplit(".", 1)[-1] == name:
             return callback.get("init_args") or {}
     return None
+
+
+def _bytes(dtype: str | None) -> int | None:
+    return None if dtype is None else getattr(torch, dtype).itemsize
 
 
 def _count(devices: Any, notes: list[str]) -> int:

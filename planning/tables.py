@@ -13,8 +13,8 @@ MEMORY = {
     "optimizer": "optimiser state",
     "ema": "weights of the moving average",
     "gradient_buckets": "gradient buckets of DDP",
-    "gathered_weights": "weights FSDP2 gathers: two blocks, and all outside",
-    "gathered_gradients": "gradients FSDP2 will scatter: one block, and all outside",
+    "gathered_weights": "weights that FSDP2 has gathered",
+    "gathered_gradients": "gradients that FSDP2 has yet to split",
     "autocast_copies": "16-bit copies of weights that autocast keeps",
     "activations": "activations of the largest batch",
 }
@@ -81,7 +81,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _steps(plan: Plan) -> Table:
-    columns = ("level", "documents", "positions", "FLOPs", "of the model", "optimiser step", "stage")
+    columns = ("level", "documents", "positions", "FLOPs", "of the model", "optimiser step", "stage", "its positions")
     table = _table("A training batch of one device", *columns)
     together = plan.run.devices * plan.run.accumulate
     for step in plan.steps:
@@ -94,6 +94,7 @@ def _steps(plan: Plan) -> Table:
             number(step.model_flops),
             number(step.flops * together),
             "" if batches is None else number(step.flops * plan.run.devices * batches),
+            "" if batches is None else number(step.positions * plan.run.devices * batches),
         )
     return table
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
@@ -42,21 +43,24 @@ def plan_transformer(config: Any, options: PlanOptions, optimizer: Callable[...,
         model = Transformer(sizes.config).to(run.weight_dtype)
     if settings.trainable == "alignment":
         freeze_for_alignment(model)
-    steps = _steps(config.trainer, data, options, sizes, run, notes) if data.get("packing") else []
+    blocks_train = settings.trainable == "all"
+    steps = _steps(config.trainer, data, options, sizes, run, blocks_train, notes) if data.get("packing") else []
     if not steps:
         notes.append("the data is not packed documents: no training is planned")
-    elif settings.trainable != "all":
-        notes.append("FLOPs and activations are those of training every weight, more than trainable: alignment takes")
-    blocks = sum(parameter.numel() for parameter in model.blocks.parameters())
-    connector = sum(parameter.numel() for parameter in model.connector.parameters())
-    block = blocks // sizes.shape.num_layers
+    elif not blocks_train:
+        notes.append("activations are those of training every weight, more than trainable: alignment keeps")
+    blocks, connector = _count(model.blocks), _count(model.connector)
+    block, outside = blocks // sizes.shape.num_layers, _count(model) - blocks
     memory = training_memory(
         run,
         [model],
         optimizer=optimizer_bytes(optimizer, parameter_groups(model), notes),
         activations=max((step.activations for step in steps), default=0.0),
-        largest_block=block,
-        outside_blocks=sum(parameter.numel() for parameter in model.parameters()) - blocks,
+        # While one block computes the next is gathered; what is in no block stays from forward to backward.
+        whole_weights=outside + (2 * block if run.resharded else blocks),
+        whole_gradients=_count(model, trained=True)
+        - _count(model.blocks, trained=True)
+        + (block if blocks_train else 0),
         # The head's weights are cast piece by piece, and copies of a block that is computed again do not last.
         products=connector + (block if run.activation_checkpointing else blocks),
     )
@@ -114,7 +118,7 @@ def _text_size(folder: str, options: PlanOptions) -> int:
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(
             f"model.text_tokenizer: there is no tokenizer.json in {folder}; give the number of its ids as --plan.text_size "
-            "(Qwen2.5-VL's matrices have 152064 rows)"
+            "(Qwen2.5-VL has 151665; its matrices have 152064 rows, the last of which belong to no id)"
         )
     return load_text_tokenizer(folder).size
 
@@ -129,16 +133,19 @@ def _stored_tokenizer(path: str) -> Any:
 
 
 def _parts(model: Transformer) -> list[Part]:
-    parts = []
-    for name, module in model.named_children():
-        parameters = list(module.parameters())
-        total = sum(parameter.numel() for parameter in parameters)
-        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        parts.append(Part(name=name, total=total, trained=trained))
-    return parts
+    return [
+        Part(name=name, total=_count(module), trained=_count(module, trained=True))
+        for name, module in model.named_children()
+    ]
 
 
-def _steps(trainer: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run, notes: list[str]) -> list[Step]:
+def _count(module: nn.Module, trained: bool = False) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+
+
+def _steps(
+    trainer: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run, blocks_train: bool, notes: list[str]
+) -> list[Step]:
     """One for each stage of the curriculum, or for the data's level."""
     curriculum = callback_options(trainer, "ResolutionCurriculum")
     stages = [] if curriculum is None else curriculum["stages"]
@@ -151,10 +158,10 @@ def _steps(trainer: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Ru
             else ""
         )
     )
-    return [_step(stage, data, options, sizes, run) for stage in (stages or [plain])]
+    return [_step(stage, data, options, sizes, run, blocks_train) for stage in (stages or [plain])]
 
 
-def _step(stage: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run) -> Step:
+def _step(stage: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run, blocks_train: bool) -> Step:
     feed_last_scale = bool(data.layout.feed_last_scale)
     image = ImageSegment(grids=sizes.schedule.grids(stage["level"]))
     text = [TextSegment(ids=range(options.text))] if options.text else []
@@ -167,12 +174,12 @@ def _step(stage: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run) 
         documents = batch_size * data.max_length / work.positions
     else:
         documents = float(batch_size)
-    flops = sizes.flops.training(work, checkpointing=run.activation_checkpointing).total
+    flops = sizes.flops.training(work, checkpointing=run.activation_checkpointing, blocks_train=blocks_train).total
     activations = activation_bytes(
         sizes.shape,
         work,
         code_dim=sizes.config.code_dim,
-        residual_bytes=run.weight_bytes,
+        residual_bytes=run.residual_bytes,
         compute_bytes=run.compute_bytes,
         checkpointing=run.activation_checkpointing,
     )
@@ -183,7 +190,7 @@ def _step(stage: Any, data: Any, options: PlanOptions, sizes: _Sizes, run: Run) 
         positions=documents * work.positions,
         targets=documents * work.targets,
         flops=documents * flops,
-        model_flops=documents * 3 * sizes.flops.forward(work).total,
+        model_flops=documents * sizes.flops.of_the_model(work, blocks_train=blocks_train),
         activations=documents * activations,
         logits=documents * work.targets * sizes.config.vocabulary.size * 4,
     )

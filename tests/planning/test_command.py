@@ -18,7 +18,7 @@ from nextflow.models.tokenizer.discriminator import DiscriminatorConfig
 from nextflow.models.tokenizer.losses import LossWeights
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
-from nextflow.planning.plan import ratios_of, scales_of
+from nextflow.planning.plan import PlanOptions, ratios_of, scales_of
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment
 from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
@@ -139,6 +139,12 @@ def test_the_7b_model_is_planned_from_its_sizes(capsys, tmp_path):
     config = {
         "trainer": {
             "devices": 8, "num_nodes": 128, "precision": "bf16-true",
+            "callbacks": [
+                {
+                    "class_path": "nextflow.callbacks.fsdp_sharding.FSDPSharding",
+                    "init_args": {"wrap": ["nextflow.models.transformer.block.Block"]},
+                }
+            ],
             "strategy": {
                 "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
                 "init_args": {"data_parallel_size": 1024, "tensor_parallel_size": 1},
@@ -267,6 +273,26 @@ def test_sizes_come_from_the_files_where_they_are_there(capsys, tmp_path):
     assert parts["token_embedding"] == 32 * text_tokenizer.size
     assert parts["code_embedding"] == 13 * 7
     assert list(plan["memory"]) == ["weights"] and plan["steps"] == []  # prompts do not train
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_explains_the_plan_alone(capsys, words):
+    main(["plan", *words])
+    text = capsys.readouterr().out
+    assert "before it is launched" in text and "--json" in text and "main.py fit --help" in text
+    assert all(f"--plan.{field.name}" in text for field in fields(PlanOptions))
+    assert len(text.splitlines()) < 60
+
+
+def test_several_configs_and_overrides_compose_as_in_fit(capsys, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text(yaml.safe_dump({"trainer": {"devices": 2}, "data": {"init_args": {"batch_size": 6}}}))
+    first = planned(capsys, tmp_path, TRANSFORMER, *SIZES)
+    second = planned(capsys, tmp_path, TRANSFORMER, "-c", str(more), *SIZES, "--model.transformer.num_layers", "1")
+    assert (first["run"]["devices"], second["run"]["devices"]) == (4, 2)
+    assert second["steps"][0]["positions"] == 2 * first["steps"][0]["positions"]
+    parts = [{part["name"]: part["total"] for part in plan["parameters"]} for plan in (first, second)]
+    assert parts[0]["blocks"] == 2 * parts[1]["blocks"]
 
 
 def test_tables_are_printed(capsys, tmp_path):

@@ -109,14 +109,20 @@ def test_memory_is_split_where_the_strategy_splits_it():
     with torch.device("meta"):
         model = nn.Linear(1000, 100, bias=False)
     run = {
-        "devices": 4, "precision": "bf16-mixed", "weight_bytes": 4, "compute_bytes": 2, "accumulate": 1, "ema": True,
+        "devices": 4, "precision": "bf16-mixed", "weight_bytes": 4, "compute_bytes": 2, "residual_bytes": 4,
+        "gathered_bytes": 4, "reduced_bytes": 4, "resharded": True, "accumulate": 1, "ema": True,
         "activation_checkpointing": False,
     }  # fmt: skip
-    options = {"optimizer": 800_000, "activations": 5.0, "largest_block": 10, "outside_blocks": 30, "products": 7}
+    options = {"optimizer": 800_000, "activations": 5.0, "whole_weights": 50, "whole_gradients": 40, "products": 7}
     sharded = training_memory(Run(strategy="fsdp2", shards=4, **run), [model], **options)
     assert sharded == {
         "weights": 100_000, "gradients": 100_000, "optimizer": 200_000, "ema": 100_000, "gathered_weights": 200,
         "gathered_gradients": 160, "autocast_copies": 14, "activations": 5.0,
     }  # fmt: skip
+    # FSDPSharding's own types: products in bfloat16 without autocast, gradients summed in float32 from a copy.
+    own = {**run, "precision": "32-true", "residual_bytes": 2, "gathered_bytes": 2}
+    cast = training_memory(Run(strategy="fsdp2", shards=4, **own), [model], **options)
+    assert (cast["weights"], cast["gathered_weights"], cast["gathered_gradients"]) == (100_000, 100, 240)
+    assert "autocast_copies" not in cast
     copies = training_memory(Run(strategy="ddp", shards=1, **run), [model], **options)
     assert copies["weights"] == copies["gradients"] == copies["gradient_buckets"] == copies["ema"] == 400_000
