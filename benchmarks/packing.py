@@ -7,7 +7,8 @@ does not say how long texts are; its 1.8T tokens leave some 390 ids to a text wh
 (two to an edit, four to a story), and texts of the web are about log-normal: lengths here have that mean and sigma 1.1, cut at
 8,192 positions; captions have mean 100 and sigma 0.4; images any of the 41 aspect ratios (3,318 to 3,689 codes).
 
-Measured: forward and backward of a small model on this CPU, in interleaved rounds, the faster of two runs of each batch.
+Measured: forward and backward of a small model on one core, in interleaved rounds, the faster of two runs of each batch; seconds
+are those of the process, so that other load on the machine hardly counts.
 Lengths are divided by `--shrink` so that attention's share of the work is about what it is in a 7B at full length. `padded`
 puts `--documents` documents into a batch (TokenFlow's 16 per device), the other two as many tokens as those hold on average.
 
@@ -105,14 +106,14 @@ def idle_share(work: np.ndarray, ranks: int) -> float:
 
 
 def seconds(model: Transformer, rows: PackedRows) -> float:
-    """One forward and backward, the faster of two: other load on the machine only ever adds."""
+    """Processor seconds of one forward and backward, the faster of two: other load on the machine only ever adds."""
     times = []
     for _ in range(2):
         model.zero_grad()
-        started = time.perf_counter()
+        started = time.process_time()
         loss = model.cross_entropy(model(rows), rows.target_BL, rows.weight_BL).total / rows.num_targets
         loss.backward()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times)
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--simulated", type=int, default=4000, help="simulated batches of each strategy")
     options = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
     schedule, level = shrunk_schedule(options.shrink)
     config = TransformerConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from nextflow.planning.plan import Plan
+from nextflow.planning.plan import Plan, Step
 
 MEMORY = {
     "weights": "weights",
@@ -81,21 +81,26 @@ def _memory(plan: Plan) -> Table:
 
 
 def _steps(plan: Plan) -> Table:
-    columns = ("level", "documents", "positions", "FLOPs", "of the model", "optimiser step", "stage", "its positions")
-    table = _table("A training batch of one device", *columns)
-    together = plan.run.devices * plan.run.accumulate
-    for step in plan.steps:
-        batches = step.num_batches
-        table.add_row(
-            str(step.level),
-            f"{step.documents:.4g}",
-            f"{step.positions:,.0f}",
-            number(step.flops),
-            number(step.model_flops),
-            number(step.flops * together),
-            "" if batches is None else number(step.flops * plan.run.devices * batches),
-            "" if batches is None else number(step.positions * plan.run.devices * batches),
-        )
+    """A column for each stage, as names are longer than numbers."""
+    table = _table("A training batch of one device", "level", *(str(step.level) for step in plan.steps))
+
+    def add(name: str, *cells: str) -> None:
+        if any(cells):
+            table.add_row(name, *cells)
+
+    def of_stage(value: float, step: Step) -> str:
+        return "" if step.num_batches is None else number(value * plan.run.devices * step.num_batches)
+
+    steps, together = plan.steps, plan.run.devices * plan.run.accumulate
+    if steps:
+        add("documents", *(f"{step.documents:.4g}" for step in steps))
+        add("positions", *(f"{step.positions:,.0f}" for step in steps))
+        add("FLOPs, as computed", *(number(step.flops) for step in steps))
+        add("FLOPs of the model", *(number(step.model_flops) for step in steps))
+        add("FLOPs of an optimiser step, all devices", *(number(step.flops * together) for step in steps))
+        add("batches of the stage", *("" if step.num_batches is None else f"{step.num_batches:,}" for step in steps))
+        add("positions of the stage, all devices", *(of_stage(step.positions, step) for step in steps))
+        add("FLOPs of the stage, all devices", *(of_stage(step.flops, step) for step in steps))
     return table
 
 
