@@ -1,11 +1,13 @@
-"""Keys and values of everything decoded so far, one preallocated buffer per layer, rows with lengths of their own.
+"""Keys and values of everything decoded so far, one buffer per layer, rows with lengths of their own.
 
-A step begins with `begin`, which fixes where the new positions go and what they see; every layer then calls `append`.
-Visibility is the law of `sequence.layout` for one document per row: a query sees a key iff block[key] <= block[query]. A step
-of one block per row (a text token, a whole scale) needs no mask when the rows are equally long; a prompt of many blocks does.
+A step begins with `begin`, which fixes where the new positions go and what they see; every layer then calls `append`. Rows
+that take no part in a step cost nothing. Visibility is the law of `sequence.layout` for one document per row: what is cached
+comes before everything new, and among new positions a query sees a key iff block[key] <= block[query]. So a step of one block
+per row (a text id, a whole scale) needs no mask, or when rows are not equally long a mask of keys alone; the first step, whole
+prompts, is attention within a batch of documents as in training.
 
-Shapes: B rows, N new positions of the longest row, L cached positions of the longest row, C capacity, G key-value heads,
-D head dim.
+Shapes: B rows, R rows of a step, N new positions of the longest, L cached positions of the longest, C capacity, G key-value
+heads, D head dim.
 """
 
 from __future__ import annotations
@@ -13,96 +15,125 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nextflow.kernels.attention import Visibility
+
 
 class KVCache:
-    """Preallocated keys and values. A layer's buffer is made by its first `append`, in the dtype of what comes.
+    """Keys and values. A layer's buffer is made by its first `append`, in the dtype of what comes.
 
     Args:
         batch: rows.
         layers: layers of the transformer.
-        capacity: positions that the longest row may reach.
+        capacity: positions that memory is taken for at once; more are added when a row outgrows it.
+        device: where the buffers lie.
     """
 
     def __init__(self, *, batch: int, layers: int, capacity: int, device: torch.device | str = "cpu") -> None:
-        self.capacity = capacity
+        self.device = torch.device(device)
+        self._capacity = capacity
         self._keys: list[Tensor | None] = [None] * layers
         self._values: list[Tensor | None] = [None] * layers
-        self._block_BC = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=device)
         self._lengths = [0] * batch  # on the host: slicing by the longest row must not wait for the device
-        self._slot_BN: Tensor | None = None
-        self._visible_BNL: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._slot_RN: Tensor | None = None
         self._window = (0, 0)
+        self._visible: Visibility | Tensor | None = None
+        self._fresh = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Cached positions of each row."""
         return tuple(self._lengths)
 
-    def begin(self, block_BN: Tensor, count_B: list[int]) -> None:
-        """Open a step: row b adds its first `count_B[b]` positions, whose blocks are `block_BN[b]`; the others are padding.
+    def begin(self, block_RN: Tensor, count_R: list[int], rows: list[int] | None = None) -> None:
+        """Open a step: row `rows[r]` adds the first `count_R[r]` positions of `block_RN[r]`; the others are padding.
 
-        Raises ValueError when a row would outgrow the capacity.
+        Args:
+            block_RN: int64, blocks of the new positions, on the CPU.
+            count_R: new positions of each row, at least one.
+            rows: which rows take part, in this order; all when None.
         """
-        device = self._block_BC.device
-        num_new = block_BN.shape[1]
-        end_B = [length + count for length, count in zip(self._lengths, count_B)]
-        if max(end_B) > self.capacity:
-            raise ValueError(f"a row needs {max(end_B)} positions of the KVCache; its capacity is {self.capacity}")
-        even = len(set(self._lengths)) == 1 and all(count == num_new for count in count_B)
-        start, end = self._lengths[0], max(end_B)
-        self._window = (start, end)
-        if even:
-            self._slot_BN = None
-            self._block_BC[:, start:end] = block_BN
-        else:
-            length_B1 = torch.tensor(self._lengths, device=device)[:, None]
-            count_B1 = torch.tensor(count_B, device=device)[:, None]
-            offset_N = torch.arange(num_new, device=device)
-            self._slot_BN = torch.where(offset_N < count_B1, length_B1 + offset_N, self.capacity)
-            self._block_BC.scatter_(1, self._slot_BN, block_BN)
-        if even and bool((block_BN == block_BN[:, -1:]).all()):
-            self._visible_BNL = None  # one block, appended to blocks that all come before it
-        else:
-            block_BL = self._block_BC[:, :end]
-            filled_BL = torch.arange(end, device=device) < torch.tensor(end_B, device=device)[:, None]
-            self._visible_BNL = filled_BL[:, None, :] & (block_BL[:, None, :] <= block_BN[:, :, None])
-            # A row that adds nothing still needs something to look at: softmax over no key at all is NaN.
-            self._visible_BNL[..., 0] |= ~self._visible_BNL.any(dim=-1)
-        self._lengths = end_B
+        everyone = rows is None or rows == list(range(len(self._lengths)))
+        rows = list(range(len(self._lengths))) if rows is None else rows
+        start_R = [self._lengths[row] for row in rows]
+        end_R = [start + count for start, count in zip(start_R, count_R)]
+        num_new, end = block_RN.shape[1], max(end_R)
+        even = len(set(start_R)) == 1 and min(count_R) == num_new
+        self._window = (start_R[0], end)
+        self._capacity = self._capacity if end <= self._capacity else max(end, self._capacity * 3 // 2)
+        self._rows = None if everyone else self._tensor(rows)
+        self._slot_RN = None if even and everyone else self._slots(start_R, count_R, num_new)
 
-    def append(self, layer: int, k_BGND: Tensor, v_BGND: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        new_RN = torch.arange(num_new) < torch.tensor(count_R)[:, None]
+        one_block = bool(((block_RN == block_RN[:, :1]) | ~new_RN).all())
+        self._fresh = max(start_R) == 0
+        if even and one_block:
+            self._visible = None
+        elif self._fresh:
+            self._visible = Visibility(torch.where(new_RN, 0, -1).to(self.device), block_RN.to(self.device))
+        else:
+            self._visible = self._mask(block_RN, start_R, end_R, one_block)
+        for row, length in zip(rows, end_R):
+            self._lengths[row] = length
+
+    def append(self, layer: int, k_RGND: Tensor, v_RGND: Tensor) -> tuple[Tensor, Tensor, Visibility | Tensor | None]:
         """Write the step's keys and values of one layer.
 
         Returns:
-            keys and values [B, G, L, D] of all positions so far, and the mask [B, N, L] of what each new position sees,
-            None when it sees everything.
+            keys and values [R, G, L, D] of all positions so far, and who sees whom: the law, or a mask [R, N or 1, L], or None
+            when every new position sees everything.
         """
-        keys_BGCD = self._keys[layer] = self._buffer(self._keys[layer], k_BGND)
-        values_BGCD = self._values[layer] = self._buffer(self._values[layer], v_BGND)
+        key_BGCD = self._keys[layer] = self._buffer(self._keys[layer], k_RGND)
+        value_BGCD = self._values[layer] = self._buffer(self._values[layer], v_RGND)
         start, end = self._window
-        if self._slot_BN is None:
-            keys_BGCD[:, :, start:end] = k_BGND
-            values_BGCD[:, :, start:end] = v_BGND
+        if self._slot_RN is None:
+            key_BGCD[:, :, start:end] = k_RGND
+            value_BGCD[:, :, start:end] = v_RGND
         else:
-            row_B1 = torch.arange(k_BGND.shape[0], device=k_BGND.device)[:, None]
-            # Indexing the first and third axis puts them in front: the values are expected as [B, N, G, D].
-            keys_BGCD[row_B1, :, self._slot_BN] = k_BGND.transpose(1, 2)
-            values_BGCD[row_B1, :, self._slot_BN] = v_BGND.transpose(1, 2)
-        return keys_BGCD[:, :, :end], values_BGCD[:, :, :end], self._visible_BNL
+            row_R1 = torch.arange(len(self._lengths), device=self.device) if self._rows is None else self._rows
+            # Indexing the first and third axis puts them in front: the values are expected as [R, N, G, D].
+            key_BGCD[row_R1[:, None], :, self._slot_RN] = k_RGND.transpose(1, 2)
+            value_BGCD[row_R1[:, None], :, self._slot_RN] = v_RGND.transpose(1, 2)
+        if self._fresh:
+            return k_RGND, v_RGND, self._visible
+        key_BGLD, value_BGLD = key_BGCD[:, :, :end], value_BGCD[:, :, :end]
+        if self._rows is not None:
+            key_BGLD, value_BGLD = key_BGLD.index_select(0, self._rows), value_BGLD.index_select(0, self._rows)
+        return key_BGLD, value_BGLD, self._visible
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but `rows` (in their new order), so that finished requests cost nothing more."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self._block_BC.device)
+    def select(self, rows: list[int]) -> None:
+        """Keep `rows` alone, in their new order: drops finished rows, and copies one that is named more than once."""
+        index = self._tensor(rows)
         self._keys = [None if buffer is None else buffer.index_select(0, index) for buffer in self._keys]
         self._values = [None if buffer is None else buffer.index_select(0, index) for buffer in self._values]
-        self._block_BC = self._block_BC.index_select(0, index)
         self._lengths = [self._lengths[row] for row in rows]
-        self._slot_BN = self._visible_BNL = None
 
-    def _buffer(self, buffer: Tensor | None, new_BGND: Tensor) -> Tensor:
-        if buffer is not None:
+    def _slots(self, start_R: list[int], count_R: list[int], num_new: int) -> Tensor:
+        """Where each new position goes, [R, N]; padding goes to the slot behind the last one, which nobody reads."""
+        offset_N = torch.arange(num_new)
+        slot_RN = torch.tensor(start_R)[:, None] + offset_N
+        return slot_RN.where(offset_N < torch.tensor(count_R)[:, None], self._capacity).to(self.device)
+
+    def _mask(self, block_RN: Tensor, start_R: list[int], end_R: list[int], one_block: bool) -> Tensor:
+        slot_L = torch.arange(max(end_R))
+        if one_block:
+            return (slot_L < torch.tensor(end_R)[:, None])[:, None].to(self.device)
+        cached_R1L = (slot_L < torch.tensor(start_R)[:, None])[:, None]
+        new_RNN = block_RN[:, None, :] <= block_RN[:, :, None]
+        seen_RNL = cached_R1L.repeat(1, block_RN.shape[1], 1)
+        for row, (start, end) in enumerate(zip(start_R, end_R)):
+            seen_RNL[row, :, start:end] = new_RNN[row, :, : end - start]
+        return seen_RNL.to(self.device)
+
+    def _buffer(self, buffer: Tensor | None, new_RGND: Tensor) -> Tensor:
+        if buffer is not None and buffer.shape[2] > self._capacity:
             return buffer
-        # Positions that only pad a block are written to the extra slot `capacity`, which nobody reads. Zeros, not empty:
-        # a masked slot has weight 0, and 0 times uninitialised memory could be NaN.
-        batch, kv_heads, _, head_dim = new_BGND.shape
-        return new_BGND.new_zeros(batch, kv_heads, self.capacity + 1, head_dim)
+        # Zeros, not empty: a masked slot has weight 0, and 0 times uninitialised memory could be NaN.
+        _, kv_heads, _, head_dim = new_RGND.shape
+        larger = new_RGND.new_zeros(len(self._lengths), kv_heads, self._capacity + 1, head_dim)
+        if buffer is not None:
+            larger[:, :, : buffer.shape[2] - 1] = buffer[:, :, :-1]
+        return larger
+
+    def _tensor(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)

@@ -18,6 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Guidance = float | tuple[float, ...]
+"""t of the last scale, or t of each scale (`guidance_scale`)."""
+
+CHUNK = 128
+"""Ids that the draw of an id first takes together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -83,8 +89,11 @@ class Sample(NamedTuple):
     sampled_logprob_M: Tensor
 
 
-def guidance_scale(guidance: float, scale: int, num_scales: int) -> float:
-    """t of `guide` at `scale` (from 0): linear, 0 at the first scale, `guidance` at the last; an only scale gets all of it."""
+def guidance_scale(guidance: Guidance, scale: int, num_scales: int) -> float:
+    """t of `guide` at `scale` (from 0). A number rises linearly from 0 at the first scale to itself at the last; an only scale
+    gets all of it. A tuple holds t of each scale, and its last value for all later ones."""
+    if isinstance(guidance, tuple):
+        return float(_of_scale(guidance, scale))
     return guidance if num_scales == 1 else guidance * scale / (num_scales - 1)
 
 
@@ -103,36 +112,59 @@ def sample(logits_MV: Tensor, noise_M: Tensor, rule: Rule) -> Sample:
     """Draw one id per position.
 
     Args:
-        logits_MV: of the ids that may be drawn, already guided.
+        logits_MV: of the ids that may be drawn, already guided; -inf where one may not.
         noise_M: uniform numbers in [0, 1), one per position (`draw_noise`).
         rule: temperature, top-k and then top-p of these positions.
     """
     if rule.greedy:
-        index_M = logits_MV.argmax(dim=-1)
-        return Sample(index_M, torch.zeros_like(noise_M, dtype=torch.float32))
-    scaled_MV = logits_MV.float() / rule.temperature
+        return Sample(logits_MV.argmax(dim=-1), torch.zeros_like(noise_M, dtype=torch.float32))
+    scaled_MV = logits_MV.float()
     ids_MV: Tensor | None = None
     if 0 < rule.top_k < scaled_MV.shape[-1]:
         scaled_MV, ids_MV = scaled_MV.topk(rule.top_k, dim=-1)
     elif rule.top_p < 1:
         scaled_MV, ids_MV = scaled_MV.sort(dim=-1, descending=True)
-    probability_MV = scaled_MV.softmax(dim=-1)
+    weight_MV = scaled_MV - scaled_MV.amax(dim=-1, keepdim=True)
+    if rule.temperature != 1:
+        weight_MV = weight_MV.div_(rule.temperature)
+    weight_MV = weight_MV.exp_()
     if rule.top_p < 1:
         # An id stays while the ids before it have not reached the share: the most likely one always stays.
-        before_MV = probability_MV.cumsum(dim=-1) - probability_MV
-        probability_MV = probability_MV.masked_fill(before_MV >= rule.top_p, 0.0)
-    # float64: a parallel scan in float32 may rise by an ulp at an id of probability 0, which would then be drawn.
-    cumulative_MV = probability_MV.cumsum(dim=-1, dtype=torch.float64)
-    total_M1 = cumulative_MV[:, -1:]
-    # The first id whose cumulative share exceeds the noise; an id of probability 0 never is. Rounding may lift the product to
-    # the total, which no id exceeds, hence the step down.
-    below_M1 = torch.nextafter(total_M1, torch.zeros_like(total_M1))
-    threshold_M1 = (noise_M[:, None].to(total_M1) * total_M1).minimum(below_M1)
-    index_M1 = torch.searchsorted(cumulative_MV, threshold_M1, right=True)
-    logprob_M = (probability_MV.gather(1, index_M1) / total_M1).float().log().squeeze(1)
+        before_MV = weight_MV.cumsum(dim=-1) - weight_MV
+        weight_MV = weight_MV.masked_fill(before_MV >= rule.top_p * weight_MV.sum(dim=-1, keepdim=True), 0.0)
+    index_M1, share_M1 = _invert(weight_MV, noise_M)
     if ids_MV is not None:
         index_M1 = ids_MV.gather(1, index_M1)
-    return Sample(index_M1.squeeze(1), logprob_M)
+    return Sample(index_M1.squeeze(1), share_M1.log().squeeze(1))
+
+
+def _invert(weight_MV: Tensor, noise_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The id [M, 1] at which the cumulative share of the weights first exceeds the noise, and its share.
+
+    In two steps, a chunk of ids and then an id of the chunk, so that no cumulative sum over all ids is ever made.
+    """
+    M, V = weight_MV.shape
+    if V % CHUNK:
+        weight_MV = torch.nn.functional.pad(weight_MV, (0, -V % CHUNK))
+    weight_MCc = weight_MV.view(M, -1, CHUNK)
+    # float64: a parallel scan in float32 may rise by an ulp at a weight of 0, which would then be drawn.
+    sum_MC = weight_MCc.sum(dim=-1).double()
+    total_M1 = sum_MC.sum(dim=-1, keepdim=True)
+    target_M1 = noise_M[:, None].double() * total_M1
+    chunk_M1, before_M1 = _first_above(sum_MC, target_M1)
+    inside_Mc = weight_MCc.gather(1, chunk_M1[..., None].expand(-1, -1, CHUNK)).squeeze(1)
+    index_M1, _ = _first_above(inside_Mc.double(), target_M1 - before_M1)
+    return chunk_M1 * CHUNK + index_M1, (inside_Mc.gather(1, index_M1) / total_M1).float()
+
+
+def _first_above(weight_MK: Tensor, target_M1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index at which the cumulative sum exceeds the target, and the sum before it. A weight of 0 never is it."""
+    cumulative_MK = weight_MK.cumsum(dim=-1)
+    total_M1 = cumulative_MK[:, -1:]
+    # Rounding may lift the target to the total, which nothing exceeds, hence the step down.
+    target_M1 = target_M1.minimum(torch.nextafter(total_M1, torch.zeros_like(total_M1))).clamp(min=0.0)
+    index_M1 = torch.searchsorted(cumulative_MK, target_M1, right=True)
+    return index_M1, cumulative_MK.gather(1, index_M1) - weight_MK.gather(1, index_M1)
 
 
 def _values(value: float | Sequence[float]) -> list[float]:

@@ -35,13 +35,13 @@ def request_of(
         else:  # pixels
             (code_N,) = encode([segment.pixels_CHW], [segment.grids])
             segments.append(ImageSegment(grids=segment.grids, codes=code_N.cpu()))
-    image = prompt.task == "image"
+    draws = prompt.task != "text"
     return GenerationRequest(
         segments=tuple(segments),
         task=prompt.task,
-        grids=schedule.grids(prompt.level, prompt.aspect_ratio) if image else (),
+        grids=schedule.grids(prompt.level, prompt.aspect_ratio) if draws else (),
         seed=prompt.seed,
-        guidance=guidance if image else 0.0,
+        guidance=guidance if draws else 0.0,
         max_text_tokens=max_text_tokens,
     )
 
@@ -57,5 +57,5 @@ def generated_of(prompt: Any, result: GenerationResult, text_tokenizer: TextToke
         key=prompt.key,
         split=prompt.split,
         image=result.image,
-        text=text_tokenizer.decode(result.text_ids) if prompt.task == "text" else None,
+        text=text_tokenizer.decode(result.text_ids) if prompt.task != "image" else None,
     )

@@ -17,8 +17,8 @@ from nextflow.models.transformer.config import DecoderConfig
 class DecodeCache(Protocol):
     """Where cached decoding keeps keys and values (`nextflow.generation.cache.KVCache`)."""
 
-    def append(self, layer: int, k_BGND: Tensor, v_BGND: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the keys and values of new positions; returns all of them and who sees whom, bool [B, N, L] or None for all."""
+    def append(self, layer: int, k_BGND: Tensor, v_BGND: Tensor) -> tuple[Tensor, Tensor, Visibility | Tensor | None]:
+        """Store the keys and values of new positions; returns all of them and who sees whom, as `attention` takes it."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Output heads: one softmax over text and codes (the paper's, section 3.2 and figure 9), or one for each (its ablation).
 
-Both offer `forward` (logits over the whole vocabulary, for decoding) and `cross_entropy` (training, no logits).
+Both offer `forward` (logits over the whole vocabulary), `text_logits` and `code_logits` (those of one kind, for decoding) and
+`cross_entropy` (training, no logits).
 
 Shapes: N tokens, W width, V vocabulary, U text ids with <boi> and <eoi>, K codes.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from nextflow.sequence.documents import Vocabulary
@@ -21,6 +23,15 @@ class SingleHead(nn.Linear):
 
     def __init__(self, width: int, vocabulary: Vocabulary) -> None:
         super().__init__(width, vocabulary.size, bias=False)
+        self.code_offset = vocabulary.code_offset
+
+    def text_logits(self, x_NW: Tensor) -> Tensor:
+        """Logits [..., U] of text ids, <boi> and <eoi>."""
+        return F.linear(x_NW, self.weight[: self.code_offset])
+
+    def code_logits(self, x_NW: Tensor) -> Tensor:
+        """Logits [..., K] of codes."""
+        return F.linear(x_NW, self.weight[self.code_offset :])
 
     def cross_entropy(
         self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False
@@ -45,6 +56,14 @@ class DualHead(nn.Module):
     def forward(self, x_NW: Tensor) -> Tensor:
         """Logits [..., V]."""
         return torch.cat((self.text(x_NW), self.code(x_NW)), dim=-1)
+
+    def text_logits(self, x_NW: Tensor) -> Tensor:
+        """Logits [..., U] of text ids, <boi> and <eoi>."""
+        return self.text(x_NW)
+
+    def code_logits(self, x_NW: Tensor) -> Tensor:
+        """Logits [..., K] of codes."""
+        return self.code(x_NW)
 
     def cross_entropy(
         self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False

@@ -16,6 +16,7 @@ Shapes: B rows, L packed length, N new positions, W width, M image positions, T 
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,25 @@ from nextflow.models.transformer.block import Block, RMSNorm
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.head import DualHead, SingleHead
 from nextflow.sequence.layout import PackedRows
+
+
+class Inputs(Protocol):
+    """What a position is made of: the fields of `PackedRows` that `embed` reads."""
+
+    @property
+    def ids_BL(self) -> Tensor: ...
+    @property
+    def scale_BL(self) -> Tensor: ...
+    @property
+    def num_scales_BL(self) -> Tensor: ...
+    @property
+    def input_code_N(self) -> Tensor: ...
+    @property
+    def input_position_M(self) -> Tensor: ...
+    @property
+    def tap_index_MT(self) -> Tensor: ...
+    @property
+    def tap_weight_MT(self) -> Tensor: ...
 
 
 class Transformer(nn.Module):
@@ -123,8 +143,8 @@ class Transformer(nn.Module):
             x_BLW = block(x_BLW, rotation, visibility)
         return self.norm(x_BLW)
 
-    def embed(self, rows: PackedRows) -> Tensor:
-        """Inputs [B, L, W] of a packed batch."""
+    def embed(self, rows: Inputs) -> Tensor:
+        """Inputs [B, L, W] of a packed batch, or of a window of decoding."""
         x_BLW = self.embed_tokens(rows.ids_BL)
         vectors = self.code_embedding.weight
         feature_MC = F.embedding_bag(
@@ -170,6 +190,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BNW = block(x_BNW, rotation, None, cache)
         return self.norm(x_BNW)
+
+    def text_logits(self, hidden_BNW: Tensor) -> Tensor:
+        """Logits [..., U] of text ids, <boi> and <eoi> alone."""
+        return self.head.text_logits(hidden_BNW)
+
+    def code_logits(self, hidden_BNW: Tensor) -> Tensor:
+        """Logits [..., K] of codes alone."""
+        return self.head.code_logits(hidden_BNW)
 
     def logits(self, hidden_BNW: Tensor) -> Tensor:
         """Logits [..., V] over the whole vocabulary."""

@@ -1,4 +1,4 @@
-"""The engine is the trained model: cached decoding gives the logits of training, and a sample depends on its request alone."""
+"""The engine is the trained model: cached decoding gives the numbers of training, and a sample depends on its request alone."""
 
 from __future__ import annotations
 
@@ -8,158 +8,98 @@ import pytest
 import torch
 
 from nextflow.generation.engine import Decoding, GenerationRequest, generate, stream
+from nextflow.generation.rollouts import action_rows
 from nextflow.generation.sampling import SamplingConfig, guidance_scale, guide
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment
 from nextflow.sequence.image_layout import LayoutConfig
-from nextflow.sequence.layout import lay_out
-from nextflow.sequence.scales import ScaleSchedule, num_codes_of
+from nextflow.sequence.layout import IGNORE, lay_out
+from nextflow.sequence.scales import num_codes_of
 
-SCHEDULE = ScaleSchedule(
-    sides=(1, 2, 3, 4, 5, 6, 8), levels={32: 4, 64: 7}, stride=8, base_grids=((6, 11), (8, 8), (11, 6))
-)
 LAYOUT = LayoutConfig()
-TEXT_SIZE, CODES = 20, 24
+LAYOUTS = {
+    "paper": LAYOUT,
+    "accumulated and last scale": LayoutConfig(features="accumulated", feed_last_scale=True),
+    "grid and last scale": LayoutConfig(positions="grid", feed_last_scale=True),
+    "shifted and accumulated": LayoutConfig(positions="shifted_grid", features="accumulated"),
+}
 
 
-@pytest.fixture(scope="module", params=["single", "dual"])
-def transformer(request) -> Transformer:
-    torch.manual_seed(0)
-    config = TransformerConfig(
-        text_size=TEXT_SIZE, codebook_size=CODES, start_id=0, end_id=1, code_dim=6, width=32, num_layers=3, num_heads=4,
-        num_kv_heads=2, head_dim=16, mlp_width=48, rope_sections=(2, 3, 3), head=request.param, init_std=0.2,
-    )  # fmt: skip
-    return Transformer(config).eval()
-
-
-def text(*ids: int) -> TextSegment:
-    return TextSegment(ids=list(ids))
-
-
-def picture(level: int, ratio: float = 1.0, seed: int = 0) -> ImageSegment:
-    grids = SCHEDULE.grids(level, ratio)
-    codes = torch.randint(0, CODES, (num_codes_of(grids),), generator=torch.Generator().manual_seed(seed))
-    return ImageSegment(grids=grids, codes=codes)
-
-
-def mixed_requests() -> list[GenerationRequest]:
-    """Prompts of many lengths, both levels, square, wide and tall, with and without guidance, an image prompt, a caption."""
-    square, wide, tall, small = (SCHEDULE.grids(*key) for key in ((64, 1.0), (64, 0.55), (64, 1.8), (32, 1.0)))
-    return [
-        GenerationRequest(segments=(text(5, 6, 7),), grids=square, seed=1, guidance=3.0),
-        GenerationRequest(segments=(text(8),), grids=wide, seed=2),
-        GenerationRequest(segments=(text(*range(4, 15)),), grids=small, seed=3, guidance=1.5, negative=(text(3, 4),)),
-        GenerationRequest(grids=tall, seed=4),
-        GenerationRequest(segments=(picture(32, 0.55), text(9, 2)), grids=tall, seed=5, guidance=2.0),
-        GenerationRequest(segments=(picture(64), text(4)), task="text", seed=6, max_text_tokens=9),
-        GenerationRequest(segments=(picture(32, 1.8, 1),), task="text", seed=7, max_text_tokens=5),
-    ]
-
-
-class Recorder(Decoding):
-    """Keeps the logits of both sides of every job, at each of its scales or text ids."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: dict[int, list[torch.Tensor]] = {}
-
-    def _draw(self, task, scale, jobs, hidden_BND):
-        for job in jobs:
-            for row in job.rows:
-                self.seen.setdefault(row, []).append(self._logits(task, hidden_BND, [row], [job.num_predicted]))
-        super()._draw(task, scale, jobs, hidden_BND)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@torch.no_grad()
+def test_cached_logprobs_are_those_of_teacher_forcing(studio, transformer, layout):
+    """Every task in one batch, one layout of training at a time: the learner's function scores the same actions the same."""
+    results = generate(transformer, studio.requests(), layout=layout, logprobs=True)
+    rows = action_rows(results, transformer.vocabulary, layout)
+    score_BL = transformer.cross_entropy(transformer(rows), rows.target_BL).log_prob_N.view_as(rows.target_BL)
+    for row, result in enumerate(results):
+        expected_A = score_BL[row][rows.target_BL[row] != IGNORE]
+        assert result.logprobs is not None and result.logprobs.shape == expected_A.shape
+        difference = (result.logprobs - expected_A).abs().max().item()
+        assert difference <= 1e-4, f"request {row} ({result.request.task}): {difference}"
 
 
 @torch.no_grad()
-def teacher_forced(
-    transformer: Transformer,
-    request: GenerationRequest,
-    segments: tuple,
-    drawn: torch.Tensor,
-    layout: LayoutConfig = LAYOUT,
-):
-    """Logits of the training path, [M, V], at the positions that predict what was drawn."""
-    vocabulary = transformer.vocabulary
-    if request.task == "image":
-        rows = lay_out(
-            [[Document(segments=(*segments, ImageSegment(grids=request.grids, codes=drawn)))]], vocabulary, layout
-        )
-        logits_LV = transformer.logits(transformer(rows))[0]
-        return logits_LV[rows.code_position_N[-len(drawn) :], vocabulary.code_offset :]
-    rows = lay_out([[Document(segments=(*segments, text(*drawn.tolist())))]], vocabulary, layout)
-    length = rows.ids_BL.shape[1]
-    return transformer.logits(transformer(rows))[0, length - len(drawn) - 1 : length - 1, :TEXT_SIZE]
-
-
-@pytest.mark.parametrize(
-    ("layout", "reuse_cache"),
-    [
-        (LAYOUT, True),
-        (LAYOUT, False),
-        (LayoutConfig(features="accumulated", feed_last_scale=True), True),
-        (LayoutConfig(positions="grid", feed_last_scale=True), True),
-        (LayoutConfig(positions="shifted_grid", features="accumulated"), True),
-    ],
-    ids=["paper", "paper, no cache", "accumulated and last scale", "grid and last scale", "shifted and accumulated"],
-)
-def test_cached_logits_equal_teacher_forced_logits(transformer, layout, reuse_cache):
-    requests = mixed_requests()
-    with torch.no_grad():
-        decoding = Recorder(transformer, requests, layout=layout, sampling=SamplingConfig(), reuse_cache=reuse_cache)
-        while decoding.active:
-            decoding.step()
-    worst = 0.0
-    for job in decoding.jobs:
-        drawn = torch.cat(job.drawn)
-        for row, segments in zip(job.rows, (job.request.segments, job.request.negative)):
-            expected_MV = teacher_forced(transformer, job.request, segments, drawn, layout)
-            first = 0
-            for scale, cached_MV in enumerate(decoding.seen[row]):
-                difference = (cached_MV - expected_MV[first : first + len(cached_MV)]).abs().max().item()
-                assert difference <= 1e-4, f"request {job.index}, row {row}, scale {scale}: {difference}"
-                worst = max(worst, difference)
-                first += len(cached_MV)
-            assert first == len(drawn)
-    print(f"largest difference of logits: {worst:.2e} (logits up to {expected_MV.abs().max():.1f})")
-
-
-def test_logprobs_are_those_of_the_model_and_of_the_sampler(transformer):
-    requests = mixed_requests()
+def test_what_is_drawn_from_is_the_guided_tempered_model(studio, transformer):
+    """Guided log-probabilities of every picture code, and restricted ones of text, from the training path."""
+    requests = studio.requests()
+    offset = transformer.vocabulary.code_offset
     for result in generate(transformer, requests, layout=LAYOUT, sampling=SamplingConfig(temperature=0.7)):
-        request = result.request
-        ids = result.codes if request.task == "image" else torch.tensor(result.text_ids)
-        if not len(ids):
-            continue
-        logits_MV = teacher_forced(transformer, request, request.segments, ids)
-        expected_M = logits_MV.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-        torch.testing.assert_close(result.logprobs[: len(ids)], expected_M, atol=1e-4, rtol=0)
-        if request.task == "image":
-            if request.guidance:
-                other_MV = teacher_forced(transformer, request, request.negative, ids)
+        request, first = result.request, 0
+        prompts = [request.segments, request.unconditional] if request.guided else [request.segments]
+        before: list = []
+        for segment in result.segments:
+            if isinstance(segment, TextSegment):
+                first += len(segment.ids)
+                before.append(segment)
+                continue
+            first += 1  # <boi>
+            sides = []
+            for side, prompt in enumerate(prompts):
+                shown = before if side == 0 else [part for part in before if isinstance(part, ImageSegment)]
+                rows = lay_out([[Document(segments=(*prompt, *shown, segment))]], transformer.vocabulary, LAYOUT)
+                position_N = rows.code_position_N[-len(segment.codes) :]
+                sides.append(transformer.logits(transformer(rows))[0][position_N, offset:])
+            logits_NV = sides[0]
+            if request.guided:
                 K = len(request.grids)
                 cells = torch.tensor([h * w for h, w in request.grids])
-                t_M = torch.tensor([guidance_scale(request.guidance, k, K) for k in range(K)]).repeat_interleave(cells)
-                logits_MV = guide(logits_MV, other_MV, t_M)
-            expected_M = (logits_MV / 0.7).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-            torch.testing.assert_close(result.sampled_logprobs, expected_M, atol=1e-3, rtol=0)
+                t_N = torch.tensor([guidance_scale(request.guidance, k, K) for k in range(K)]).repeat_interleave(cells)
+                logits_NV = guide(*sides, t_N)
+            expected_N = (logits_NV / 0.7).log_softmax(-1).gather(1, segment.codes[:, None])[:, 0]
+            drawn_N = result.is_action[first : first + len(expected_N)]
+            at = int(result.is_action[:first].sum())
+            actual_A = result.sampled_logprobs[at : at + int(drawn_N.sum())]
+            torch.testing.assert_close(actual_A, expected_N[drawn_N], atol=1e-3, rtol=0)
+            first += len(expected_N)
+            before.append(segment)
+        assert first + result.ended == len(result.is_action)
 
 
-@pytest.mark.parametrize(
-    "sampling", [SamplingConfig(), SamplingConfig(top_k=[0, 8, 4], top_p=0.9), SamplingConfig(greedy=True)]
-)
-def test_a_sample_does_not_depend_on_its_batch(transformer, sampling):
-    requests = mixed_requests()
+SAMPLINGS = [
+    SamplingConfig(),
+    SamplingConfig(top_k=[0, 8, 4], top_p=0.9, text_top_k=5, text_temperature=0.8),
+    SamplingConfig(greedy=True),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["plain", "top-k, top-p", "greedy"])
+def test_a_sample_does_not_depend_on_its_batch(studio, sampling):
+    transformer = studio.transformer()
+    requests = studio.requests()
     together = generate(transformer, requests, layout=LAYOUT, sampling=sampling)
-    backwards = generate(transformer, requests[::-1], layout=LAYOUT, sampling=sampling)[::-1]
-    for request, a, b in zip(requests, together, backwards):
+    halves = [requests[:3:-1], requests[3::-1]]
+    others = [result for half in halves for result in generate(transformer, half, layout=LAYOUT, sampling=sampling)]
+    for request, a, b in zip(requests, together, others[::-1]):
         (alone,) = generate(transformer, [request], layout=LAYOUT, sampling=sampling)
         assert torch.equal(alone.codes, a.codes) and torch.equal(alone.codes, b.codes)
         assert alone.text_ids == a.text_ids == b.text_ids
+        assert torch.equal(alone.is_action, a.is_action)
 
 
-def test_seeds_matter_and_greedy_ignores_them(transformer):
-    request = mixed_requests()[0]
+def test_seeds_matter_and_greedy_ignores_them(studio, transformer):
+    request = studio.requests()[0]
     twins = [request, replace(request, seed=99)]
     first, second = generate(transformer, twins, layout=LAYOUT)
     assert not torch.equal(first.codes, second.codes)
@@ -167,93 +107,165 @@ def test_seeds_matter_and_greedy_ignores_them(transformer):
     assert torch.equal(first.codes, second.codes)
 
 
-def test_guidance_of_zero_is_the_conditional_model(transformer):
-    request = replace(mixed_requests()[0], guidance=0.0)
+def test_guidance_without_effect_is_the_conditional_model(studio, transformer):
+    request = replace(studio.requests()[0], guidance=0.0)
     tiny = replace(request, guidance=1e-9)  # two rows, but no effect
-    alone, guided = generate(transformer, [request, tiny], layout=LAYOUT)
-    assert torch.equal(alone.codes, guided.codes)
+    listed = replace(request, guidance=(0.0, 0.0, 1e-9))
+    results = generate(transformer, [request, tiny, listed], layout=LAYOUT)
+    assert all(torch.equal(result.codes, results[0].codes) for result in results)
 
 
-def test_images_hold_codes_and_texts_hold_text_ids_even_when_the_model_prefers_the_others(transformer):
-    requests = mixed_requests()
-    head = transformer.head.weight if isinstance(transformer.head, torch.nn.Linear) else transformer.head.text.weight
-    saved = head.detach().clone()
+def test_a_ramp_is_the_list_of_its_values(studio, transformer):
+    request = studio.requests()[0]
+    K = len(request.grids)
+    listed = replace(request, guidance=tuple(guidance_scale(3.0, k, K) for k in range(K)))
+    ramp, values = generate(transformer, [request, listed], layout=LAYOUT)
+    assert torch.equal(ramp.codes, values.codes)
+
+
+def test_pictures_hold_codes_and_texts_hold_text_ids_even_when_the_model_prefers_the_others(studio):
+    transformer = studio.transformer()
+    vocabulary = transformer.vocabulary
     with torch.no_grad():
-        head[transformer.vocabulary.boi] *= 50  # <boi>, <eoi> would win everywhere
-        head[transformer.vocabulary.eoi] *= -50
-    results = generate(transformer, requests, layout=LAYOUT)
-    with torch.no_grad():
-        head.copy_(saved)
-    for request, result in zip(requests, results):
-        if request.task == "image":
-            assert len(result.codes) == num_codes_of(request.grids) == len(result.logprobs)
-            assert int(result.codes.min()) >= 0 and int(result.codes.max()) < CODES
-        else:
-            assert len(result.text_ids) <= request.max_text_tokens
-            assert all(0 <= id < TEXT_SIZE for id in result.text_ids)
+        transformer.head.weight[vocabulary.eoi] *= 50  # would win or lose everywhere
+        transformer.head.weight[vocabulary.code_offset] *= -50
+    for result in generate(transformer, studio.requests(), layout=LAYOUT):
+        for segment in result.segments:
+            if isinstance(segment, ImageSegment):
+                assert len(segment.codes) == num_codes_of(result.request.grids)
+                assert int(segment.codes.min()) >= 0 and int(segment.codes.max()) < studio.codes
+            else:
+                assert 0 < len(segment.ids) <= result.request.max_text_tokens
+                assert all(0 <= id < studio.text_size for id in segment.ids)
 
 
-def test_captions_end_at_the_end_id(transformer):
-    request = GenerationRequest(segments=(picture(32),), task="text", max_text_tokens=40)
-    results = generate(transformer, [replace(request, seed=seed) for seed in range(24)], layout=LAYOUT)
-    lengths = [len(result.text_ids) for result in results]
-    assert min(lengths) < 40, "no caption ended by itself: the test needs a model that ends"
+def shape(result) -> str:
+    return "".join("t" if isinstance(segment, TextSegment) else "i" for segment in result.segments)
+
+
+def test_stories_alternate_until_their_end_or_limit(studio, transformer):
+    story = studio.requests()[9]
+    results = generate(transformer, [replace(story, seed=seed) for seed in range(40)], layout=LAYOUT)
+    shapes = [shape(result) for result in results]
+    assert all("tt" not in one and one.count("i") <= 3 for one in shapes)
+    assert any(one.count("i") >= 2 for one in shapes) and any(result.ended for result in results), shapes
+    assert all(len(segment.ids) <= 4 for result in results for segment in result.segments if shape(result) == "t")
+    for result in results:
+        assert result.finished
+        if not result.ended:  # only the last text may run into the limit, when no picture is left
+            assert shape(result).count("i") == 3 and len(result.segments[-1].ids) == 4
+
+
+def test_a_thought_always_ends_in_a_picture(studio, transformer):
+    thought = studio.requests()[11]
+    results = generate(transformer, [replace(thought, seed=seed) for seed in range(30)], layout=LAYOUT)
+    assert {shape(result) for result in results} <= {"ti", "i"}
+    full = [result for result in results if len(result.text_ids) == 6]
+    assert full, "no thought ran into its limit"
+    for result in full:
+        assert not result.is_action[6], "the <boi> behind a full thought is put, not drawn"
+        assert len(result.sampled_logprobs) == len(result.is_action) - 1
+
+
+def test_captions_end_at_the_end_id(studio, transformer):
+    request = GenerationRequest(segments=(studio.picture(32),), task="text", max_text_tokens=40)
+    results = generate(transformer, [replace(request, seed=seed) for seed in range(24)], layout=LAYOUT, logprobs=True)
+    assert any(result.ended for result in results), "no caption ended by itself: the test needs a model that ends"
     for result in results:
         assert transformer.vocabulary.end_id not in result.text_ids
-        ended = len(result.text_ids) < 40
-        assert len(result.logprobs) == len(result.text_ids) + ended
+        assert result.ended == (len(result.text_ids) < 40)
+        assert len(result.logprobs) == len(result.text_ids) + result.ended
 
 
 class Painter(torch.nn.Module):
     """A tokenizer whose picture is the mean of the codes so far, so that a preview can be told from the final picture."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_codes: int) -> None:
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.num_codes = num_codes
 
     def decode(self, codes_BN, grids, num_scales=None):
         assert codes_BN.shape[1] == num_codes_of(grids[:num_scales])
         height, width = grids[-1]
-        mean_B = codes_BN.float().mean(dim=1) / CODES * 2 - 1
+        mean_B = codes_BN.float().mean(dim=1) / self.num_codes * 2 - 1
         return mean_B[:, None, None, None].expand(-1, 3, height * 8, width * 8)
 
 
-def test_stream_shows_every_scale_and_ends_as_generate(transformer):
-    requests = mixed_requests()
-    final = generate(transformer, requests, layout=LAYOUT, tokenizer=Painter())
+def test_stream_shows_every_scale_and_ends_as_generate(studio, transformer):
+    requests, painter = studio.requests(), Painter(studio.codes)
+    final = generate(transformer, requests, layout=LAYOUT, tokenizer=painter)
     shown: dict[int, list] = {}
-    for result in stream(transformer, requests, layout=LAYOUT, tokenizer=Painter()):
+    for result in stream(transformer, requests, layout=LAYOUT, tokenizer=painter):
         shown.setdefault(result.index, []).append(result)
     for expected, results in zip(final, (shown[index] for index in range(len(requests)))):
         assert [result.finished for result in results] == [False] * (len(results) - 1) + [True]
         assert torch.equal(results[-1].codes, expected.codes) and results[-1].text_ids == expected.text_ids
-        if expected.request.task == "image":
+        assert len(results[-1].images) == shape(expected).count("i")
+        assert all(torch.equal(a, b) for a, b in zip(results[-1].images, expected.images, strict=True))
+        if expected.request.task == "image" and expected.request.given is None:
             assert [result.num_scales for result in results] == list(range(1, len(expected.request.grids) + 1))
             for result in results:
                 assert torch.equal(result.codes, expected.codes[: num_codes_of(result.done_grids)])
                 height, width = expected.request.grids[-1]
                 assert result.image.shape == (height * 8, width * 8, 3) and result.image.dtype == torch.uint8
-            assert torch.equal(results[-1].image, expected.image)
 
 
-def test_source_images_that_feed_their_last_scale(transformer):
-    layout = replace(LAYOUT, feed_last_scale=True)
-    request = mixed_requests()[4]
-    (result,) = generate(transformer, [request], layout=layout)
-    document = Document(segments=(*request.segments, ImageSegment(grids=request.grids, codes=result.codes)))
-    rows = lay_out([[document]], transformer.vocabulary, layout)
+def test_equal_prompts_of_a_batch_are_fed_once(studio, transformer):
+    request = studio.requests()[4]
+    group = [replace(request, seed=seed) for seed in range(5)]
+    decoding = Decoding(transformer, group, layout=LAYOUT, sampling=SamplingConfig())
+    fed: list[int] = []
+    hook = transformer.norm.register_forward_hook(lambda module, inputs, output: fed.append(len(output)))
     with torch.no_grad():
-        logits_LV = transformer.logits(transformer(rows))[0]
-    logits_NV = logits_LV[rows.code_position_N[-len(result.codes) :], transformer.vocabulary.code_offset :]
-    expected_N = logits_NV.log_softmax(-1).gather(1, result.codes[:, None])[:, 0]
-    torch.testing.assert_close(result.logprobs, expected_N, atol=1e-4, rtol=0)
+        decoding.step()
+        decoding.step()
+    hook.remove()
+    assert fed == [2, 10]  # prompt and source alone, then five rows of each side
+    alone = generate(transformer, group[3:4], layout=LAYOUT)
+    assert torch.equal(generate(transformer, group, layout=LAYOUT)[3].codes, alone[0].codes)
 
 
-def test_wrong_requests_say_what_to_change(transformer):
+def test_given_codes_are_kept_and_the_rest_is_drawn(studio, transformer):
+    for request in studio.requests():
+        if request.given is None:
+            continue
+        kept_N = request.given >= 0
+        results = generate(transformer, [replace(request, seed=seed) for seed in range(8)], layout=LAYOUT)
+        for result in results:
+            assert torch.equal(result.codes[kept_N], request.given[kept_N])
+            assert torch.equal(result.is_action, torch.cat([torch.tensor([False]), ~kept_N]))
+        drawn_SN = torch.stack([result.codes[~kept_N] for result in results])
+        assert (drawn_SN != drawn_SN[:1]).any(dim=0).float().mean() > 0.9
+
+
+def test_half_precision_on_a_cpu_runs_the_same_code(studio):
+    transformer = studio.transformer().bfloat16()
+    requests = studio.requests()
+    for request, result in zip(requests, generate(transformer, requests, layout=LAYOUT, logprobs=True)):
+        assert result.request is request and result.logprobs.isfinite().all()
+
+
+def test_wrong_requests_say_what_to_change(studio, transformer):
+    text = studio.text(3)
+    grids = studio.schedule.grids(32)
     with pytest.raises(ValueError, match="grids"):
-        GenerationRequest(segments=(text(3),))
-    with pytest.raises(ValueError, match="guidance"):
-        GenerationRequest(segments=(text(3),), task="text", guidance=1.0)
+        GenerationRequest(segments=(text,))
+    with pytest.raises(ValueError, match="task 'text' has none"):
+        GenerationRequest(segments=(text,), task="text", guidance=1.0)
+    with pytest.raises(ValueError, match="guidance above 0"):
+        GenerationRequest(segments=(text,), grids=grids, negative=(text,))
+    with pytest.raises(ValueError, match="guidance must be at least 0"):
+        GenerationRequest(segments=(text,), grids=grids, guidance=(1.0, -1.0))
+    with pytest.raises(ValueError, match="max_images must be at least 1"):
+        GenerationRequest(segments=(text,), task="interleaved", grids=grids, max_images=0)
     with pytest.raises(ValueError, match="encode it"):
         GenerationRequest(segments=(ImageSegment(grids=((1, 1),)),), task="text")
+    with pytest.raises(ValueError, match="the picture's grids hold 30 codes"):
+        GenerationRequest(segments=(text,), grids=grids, given=torch.full((3,), -1))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        GenerationRequest(segments=(text,), grids=grids, given=torch.zeros(30, dtype=torch.int64))
+    small = Transformer(TransformerConfig.from_dict({**transformer.config.to_dict(), "max_scales": 4}))
+    with pytest.raises(ValueError, match=r"7 scales.*at most 4 \(transformer.max_scales\)"):
+        generate(small, [GenerationRequest(segments=(text,), grids=studio.schedule.grids(64))], layout=LAYOUT)
     assert generate(transformer, [], layout=LAYOUT) == []

@@ -17,6 +17,7 @@ def noise(count: int, seed: int = 0) -> torch.Tensor:
 def test_guidance_ramps_from_zero_to_the_full_value():
     assert [guidance_scale(5.0, k, 5) for k in range(5)] == [0.0, 1.25, 2.5, 3.75, 5.0]
     assert guidance_scale(5.0, 0, 1) == 5.0
+    assert [guidance_scale((0.0, 2.0, 1.0), k, 5) for k in range(5)] == [0.0, 2.0, 1.0, 1.0, 1.0]
     conditional, unconditional = torch.tensor([[1.0, 2.0], [1.0, 2.0]]), torch.tensor([[0.0, 4.0], [0.0, 4.0]])
     guided = guide(conditional, unconditional, torch.tensor([0.0, 2.0]))
     assert torch.equal(guided, torch.tensor([[1.0, 2.0], [3.0, -2.0]]))  # 3 * conditional - 2 * unconditional
@@ -47,6 +48,19 @@ def test_top_k_then_top_p_cut_and_renormalise():
     assert set(sample(rows_MV, noise(count), Rule(top_k=3, top_p=0.8)).index_M.tolist()) == {0, 1, 3}
     assert set(sample(rows_MV, noise(count), Rule(top_k=3, top_p=0.75)).index_M.tolist()) == {1, 3}
     assert set(sample(rows_MV, noise(count), Rule(top_p=1e-6)).index_M.tolist()) == {1}
+
+
+@pytest.mark.parametrize("vocabulary", [127, 128, 129, 1000])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocabulary):
+    """Drawn in chunks, as if there were none."""
+    logits_MV = 3 * torch.randn(200, vocabulary, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits_MV, noise(200), Rule())
+    cumulative_MV = logits_MV.double().softmax(-1).cumsum(-1)
+    before_M = (cumulative_MV - logits_MV.double().softmax(-1)).gather(1, drawn.index_M[:, None])[:, 0]
+    after_M = cumulative_MV.gather(1, drawn.index_M[:, None])[:, 0]
+    assert (before_M - 1e-6 <= noise(200)).all() and (noise(200) <= after_M + 1e-6).all()
+    expected_M = logits_MV.log_softmax(-1).gather(1, drawn.index_M[:, None])[:, 0]
+    torch.testing.assert_close(drawn.sampled_logprob_M, expected_M)
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(top_k=3), Rule(top_p=0.9)])

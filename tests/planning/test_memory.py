@@ -98,8 +98,9 @@ def test_checkpointing_keeps_one_block_and_the_input_of_each():
 def test_cache_is_that_of_the_engine():
     shape = DecoderShape.of(CONFIG)
     cache = KVCache(batch=1, layers=1, capacity=29)
-    cache.begin(torch.arange(20)[None], [20])
-    keys, values, _ = cache.append(0, torch.zeros(1, 4, 20, 16), torch.zeros(1, 4, 20, 16))
+    for count in (20, 1):  # the prompt, and a step that reads it again
+        cache.begin(torch.zeros(1, count, dtype=torch.int64), [count])
+        keys, values, _ = cache.append(0, torch.zeros(1, 4, count, 16), torch.zeros(1, 4, count, 16))
     # The buffer holds the capacity and one slot for padding.
     real = keys.untyped_storage().nbytes() + values.untyped_storage().nbytes()
     assert real == cache_bytes(shape, 30, compute_bytes=4)

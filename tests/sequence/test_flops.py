@@ -142,7 +142,8 @@ def test_in_positions_is_at_least_the_length():
 def test_generation_flops_are_those_of_the_engine(guided):
     model = tiny()
     segments = (text(5),)
-    guidance = {"guidance": 2.0, "negative": segments} if guided else {}
+    # Another text of the same length: an equal prompt would be fed once.
+    guidance = {"guidance": 2.0, "negative": (TextSegment(ids=[9, 8, 7, 6, 5]),)} if guided else {}
     request = GenerationRequest(segments=segments, task="image", grids=SQUARE, seed=0, **guidance)
     decoding = Decoding(model, [request], layout=LayoutConfig(), sampling=SamplingConfig())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
