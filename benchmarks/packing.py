@@ -7,10 +7,10 @@ does not say how long texts are; its 1.8T tokens leave some 390 ids to a text wh
 (two to an edit, four to a story), and texts of the web are about log-normal: lengths here have that mean and sigma 1.1, cut at
 8,192 positions; captions have mean 100 and sigma 0.4; images any of the 41 aspect ratios (3,318 to 3,689 codes).
 
-Measured: forward and backward of a small model on one core, in interleaved rounds, the faster of two runs of each batch; seconds
-are those of the process, so that other load on the machine hardly counts.
-Lengths are divided by `--shrink` so that attention's share of the work is about what it is in a 7B at full length. `padded`
-puts `--documents` documents into a batch (TokenFlow's 16 per device), the other two as many tokens as those hold on average.
+Measured: forward and backward of a small model on one core, in interleaved rounds, the faster of two runs of each batch;
+seconds are those of the process, so that other load on the machine hardly counts. Lengths are divided by `--shrink` so that
+attention's share of the work is about what it is in a 7B at full length. `padded` puts `--documents` documents into a batch
+(TokenFlow's 16 per device), the other two as many tokens as those hold on average.
 
 Idle share: 1 - mean / max over ranks of the work of a batch, by the FLOPs model of the 7B at full length.
 

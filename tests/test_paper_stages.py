@@ -1,4 +1,4 @@
-"""The six stages of the 7B transformer (paper, table 2): its values, the figures of their lab notes, and that they can be built."""
+"""The six stages of the 7B transformer (paper, table 2): its values, the figures of their lab notes; all of them are built."""
 
 import json
 from pathlib import Path
