@@ -86,6 +86,12 @@ def attention(
     return (_dense if implementation == "dense" else _sdpa)(q_BHND, k_BGLD, v_BGLD, bias_B1NL)
 
 
+def prepare(visibility: Visibility, implementation: Implementation, device: torch.device) -> None:
+    """Build what the layers of a model share, before the first of them asks for it from inside of a compiled block."""
+    if implementation == "flex" or (implementation == "auto" and device.type == "cuda"):
+        visibility.block_mask()
+
+
 def attention_ref(
     q_BHND: Tensor,
     k_BGLD: Tensor,

@@ -27,26 +27,31 @@ def flex(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, visibility: Visibility)
 
 def block_mask(document_BL: Tensor, block_BL: Tensor):
     """The law as a BlockMask; call it once per batch, through `Visibility.block_mask`."""
+    return _functions(document_BL.device.type).create(document_BL, block_BL)
+
+
+def create(document_BL: Tensor, block_BL: Tensor):
+    """The same, not compiled. The law is made in here so that a compiled version belongs to all batches."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def law(b, h, q, k):
         return (document_BL[b, q] == document_BL[b, k]) & (block_BL[b, k] <= block_BL[b, q])
 
     B, L = document_BL.shape
-    build = _functions(document_BL.device.type).create_block_mask
-    return build(law, B, None, L, L, device=document_BL.device)
+    return create_block_mask(law, B, None, L, L, device=document_BL.device)
 
 
 @dataclass(frozen=True)
 class _Functions:
     flex_attention: Callable[..., Any]
-    create_block_mask: Callable[..., Any]
+    create: Callable[..., Any]
 
 
 @cache
 def _functions(device_type: str) -> _Functions:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     if device_type != "cuda":
-        return _Functions(flex_attention, create_block_mask)
+        return _Functions(flex_attention, create)
     # Uncompiled, both materialise [B, H, L, L]; dynamic shapes, because packs of a curriculum differ in length.
-    return _Functions(torch.compile(flex_attention, dynamic=True), torch.compile(create_block_mask, dynamic=True))
+    return _Functions(torch.compile(flex_attention, dynamic=True), torch.compile(create, dynamic=True))

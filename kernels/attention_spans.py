@@ -25,6 +25,8 @@ PIECE_ELEMENTS = 2**20
 """Scores of a piece."""
 
 
+# Its loop depends on the batch and not on the graph.
+@torch.compiler.disable
 def attention_spans(q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, visibility: Visibility) -> Tensor:
     """Attention of a packed batch [B, H, L, D]."""
     return _SpanAttention.apply(q_BHLD, k_BGLD, v_BGLD, visibility)

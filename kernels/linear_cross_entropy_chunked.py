@@ -253,7 +253,9 @@ def _blocks(weight_VD: Tensor, tokens: int) -> Iterator[slice]:
 
 
 def _groups(N: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, N)) for start in range(0, N, size)]
+    """Even ones, for each passes over the whole head: a last group of a few tokens would cost nearly as much as the others."""
+    count = -(-N // size)
+    return [slice(N * index // count, N * (index + 1) // count) for index in range(count)]
 
 
 def _device(tensor: Tensor) -> str:

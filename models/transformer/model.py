@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nextflow.kernels.attention import Implementation, Visibility
+from nextflow.kernels.attention import Implementation, Visibility, prepare
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
 from nextflow.kernels.rope import Rotation, rope_cos_sin
 from nextflow.models.transformer.attention import DecodeCache, SelfAttention
@@ -66,6 +66,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
+        self.attention: Implementation = "auto"
         W = config.width
         self.token_embedding = nn.Embedding(config.text_size, W)
         self.boundary_embedding = nn.Embedding(2, W)
@@ -128,6 +129,7 @@ class Transformer(nn.Module):
 
     def set_attention(self, implementation: Implementation) -> None:
         """Choose the attention kernel of packed batches: "auto", "sdpa", "dense", "spans", "flex" or "flash"."""
+        self.attention = implementation
         for module in self.modules():
             if isinstance(module, SelfAttention):
                 module.implementation = implementation
@@ -137,6 +139,7 @@ class Transformer(nn.Module):
     def forward(self, rows: PackedRows) -> Tensor:
         """Hidden states [B, L, W] of a packed batch, final norm applied."""
         visibility = Visibility(rows.document_BL, rows.block_BL)
+        prepare(visibility, self.attention, rows.document_BL.device)
         x_BLW = self.embed(rows)
         rotation = self._rotation(rows.position_3BL, x_BLW)
         for block in self.blocks:

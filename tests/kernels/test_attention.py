@@ -5,10 +5,14 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from nextflow.kernels import attention as module
-from nextflow.kernels import attention_spans, visibility
+from nextflow.kernels import attention_flex, attention_spans, visibility
 from nextflow.kernels.attention import Visibility, attention, attention_ref
+from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
+from nextflow.sequence.image_layout import LayoutConfig
+from nextflow.sequence.layout import lay_out
 
 ON_CPU = ["auto", "sdpa", "dense", "spans"]
 
@@ -23,6 +27,27 @@ def packed(B, L, block_length=2):
         for start, stop in ((0, cut), (cut, end)):
             block[b, start:stop] = (torch.rand(stop - start) < 1 / block_length).long().cumsum(0)
     return Visibility(document, block)
+
+
+def packs_of_text_and_scales():
+    """Rows as `lay_out` makes them: text before, behind and between pictures of several scales, text alone, padding."""
+    vocabulary = Vocabulary(text_size=10, codebook_size=10, start_id=0, end_id=1)
+    square, wide = ((1, 1), (2, 2), (3, 3), (5, 5), (9, 9)), ((1, 1), (1, 3), (4, 17))
+
+    def document(*parts):
+        return Document(
+            segments=tuple(
+                TextSegment(ids=[2] * part) if isinstance(part, int) else ImageSegment(grids=part) for part in parts
+            )
+        )
+
+    rows = [
+        [document(7, square), document(square, 3), document(2, wide, 4, square)],
+        [document(150), document(wide)],
+        [document(9)],
+    ]
+    packed_rows = lay_out(rows, vocabulary, LayoutConfig())
+    return Visibility(packed_rows.document_BL, packed_rows.block_BL)
 
 
 def results_of(op, inputs, law, implementation, slope, dtype=torch.float32):
@@ -48,6 +73,38 @@ def test_equals_reference_forward_and_backward(B, H, G, L, D, implementation):
     ours = results_of(attention, inputs, law, implementation, slope)
     for our, ref in zip(ours, results_of(attention_ref, inputs, law, "auto", slope)):
         torch.testing.assert_close(our, ref, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dense", "spans", "reference"])
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 3), (3, 1)])
+def test_packs_of_text_and_scales_equal_masked_sdpa(H, G, implementation):
+    law = packs_of_text_and_scales()
+    assert (law.document_BL == -1).any()
+    B, L = law.document_BL.shape
+    inputs, slope = inputs_of(B, H, G, L, 16)
+
+    def sdpa(q, k, v, law, _):
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=law.mask_BLL()[:, None])
+
+    ours = results_of(attention, inputs, law, implementation, slope)
+    for our, ref in zip(ours, results_of(sdpa, inputs, law, None, slope)):
+        torch.testing.assert_close(our, ref, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_views_of_one_projection_get_their_gradients(implementation):
+    """As in the model: q, k and v are transposed slices of one projection, the gradient comes transposed."""
+    law = packs_of_text_and_scales()
+    B, L = law.document_BL.shape
+    storage, slope = torch.randn(B, L, 8, 6), torch.randn(B, L, 4, 6)
+    gradients = []
+    for name in (implementation, "reference"):
+        qkv = storage.clone().requires_grad_()
+        out = attention(*qkv.transpose(1, 2).split((4, 2, 2), dim=1), law, name)
+        (out.transpose(1, 2) * slope).sum().backward()
+        gradients.append(qkv.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
@@ -98,12 +155,29 @@ def test_law_by_brute_force():
                 assert mask[b, q, k] == (same and law.block_BL[b, k] <= law.block_BL[b, q])
 
 
-def test_flex_equals_reference_on_forward():
-    law = packed(2, 20)
-    q, k, v = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 20, 16), torch.randn(2, 2, 20, 16)
-    with torch.no_grad():
-        ours = attention(q, k, v, law, "flex")
-    torch.testing.assert_close(ours, attention_ref(q, k, v, law), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(("H", "G", "D"), [(4, 2, 16), (2, 2, 128)])
+def test_flex_equals_reference_on_forward(H, G, D):
+    """A length that no tile divides, padding, documents and blocks; its backward pass exists on CUDA alone."""
+    for law in (packed(3, 20), packs_of_text_and_scales()):
+        B, L = law.document_BL.shape
+        q, k, v = (torch.randn(B, heads, L, D) for heads in (H, G, G))
+        with torch.no_grad():
+            ours = attention(q, k, v, law, "flex")
+        torch.testing.assert_close(ours, attention_ref(q, k, v, law), rtol=1e-4, atol=1e-5)
+
+
+def test_flex_masks_compile_once_for_packs_of_any_length():
+    """On CUDA the mask is built compiled, per batch: a new batch, or a new length, must not compile again."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    # What `attention_flex` does on CUDA, with a compiler that only counts.
+    build = torch.compile(attention_flex.create, dynamic=True, backend=counter)
+    for L in (256, 300, 300, 517):
+        law = packed(2, L)
+        ours = build(law.document_BL, law.block_BL)
+        assert torch.equal(ours.to_dense(), attention_flex.create(law.document_BL, law.block_BL).to_dense())
+    assert counter.frame_count <= 2  # the first length may be taken for a constant
+    torch._dynamo.reset()
 
 
 def test_decoding_masks():

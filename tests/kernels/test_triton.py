@@ -1,12 +1,7 @@
 """Every Triton kernel == its reference, forward and backward, at odd shapes: under Triton's interpreter, or on a GPU.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so `test_under_the_interpreter` runs this file again in a process that
-starts with it set; the other tests are skipped here unless there is a GPU.
+`tests/conftest.py` turns the interpreter on where there is no GPU.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,33 +10,11 @@ from nextflow.kernels.linear_cross_entropy import linear_cross_entropy, linear_c
 from nextflow.kernels.rms_norm import rms_norm, rms_norm_ref
 from nextflow.kernels.rope import apply_rope, apply_rope_ref, rope_cos_sin
 
-pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_triton = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu", reason="run by test_under_the_interpreter in a process of its own"
-)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_under_the_interpreter(tmp_path):
-    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-p", "no:cacheprovider", __file__]
-    # Not in the root: `python -m` would put our `kernels` before other packages of that name.
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
-
-
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="triton runs here")
-def test_named_on_a_cpu_it_raises():
+def test_named_on_a_cpu_it_raises(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     x = torch.randn(2, 4)
     for call in (
         lambda: rms_norm(x, x[0], implementation="triton"),
@@ -67,7 +40,6 @@ def assert_near(ours, refs, tolerance):
         torch.testing.assert_close(our, ref, rtol=tolerance, atol=tolerance * max(1.0, ref.abs().max().item()))
 
 
-@runs_triton
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (2, 3, 123), (19, 64)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_rms_norm(shape, dtype, tolerance):
@@ -77,7 +49,6 @@ def test_rms_norm(shape, dtype, tolerance):
     assert_near(ours, gradients(lambda x, w: rms_norm_ref(x, w, 1e-6), (x, weight), slope), tolerance)
 
 
-@runs_triton
 @pytest.mark.parametrize(
     ("B", "H", "L", "sections"), [(2, 4, 6, (2, 3, 3)), (1, 11, 3, (1, 1, 1)), (3, 1, 1, (5, 2, 4))]
 )
@@ -95,7 +66,6 @@ def test_rope(B, H, L, sections, dtype, tolerance):
     assert_near(result(apply_rope, "triton"), result(apply_rope_ref, "auto"), tolerance)
 
 
-@runs_triton
 @pytest.mark.parametrize(
     ("N", "D", "V", "ignored"),
     [(5, 7, 123, 0.0), (33, 16, 64, 0.5), (18, 40, 300, 0.2), (4, 3, 5, 1.0), (1, 1, 2, 0.0)],
@@ -119,7 +89,6 @@ def test_linear_cross_entropy(N, D, V, ignored, gradient_of):
     assert_near(*results, 2e-5)
 
 
-@runs_triton
 def test_linear_cross_entropy_in_bfloat16_over_several_parts(monkeypatch):
     from nextflow.kernels import linear_cross_entropy_triton as module
 
