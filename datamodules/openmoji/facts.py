@@ -60,7 +60,12 @@ def _about(drawing: Drawing, names: dict[str, str], draw: random.Random) -> Iter
         template = f"[In {{language}}, {{it}} is [called |]{quoted}|The {{language}} [for|name of] {{it}} is {quoted}]"
         yield phrase(draw, template, language=LANGUAGES[language], it=it, name=names[language])
     if drawing.tones:
-        yield phrase(draw, "{it} [shows|has] {tones} skin", it=drawing.subject, tones=" and ".join(drawing.tones))
+        yield phrase(
+            draw,
+            "the drawing \u201c{it}\u201d [shows|has] {tones} skin",
+            it=drawing.subject,
+            tones=" and ".join(drawing.tones),
+        )
 
 
 def _beside(world: World, drawing: Drawing, draw: random.Random) -> Iterator[str]:

@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 from PIL import Image
 
-from nextflow.datamodules.openmoji.catalogue import SPLITS, Drawing, load_catalogue, select
+from nextflow.datamodules.openmoji.catalogue import SPLITS, TONES, Drawing, load_catalogue, select
 from nextflow.datamodules.openmoji.dataset import OpenMojiConfig, make_openmoji
 from nextflow.sequence.shards import open_shard
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
@@ -51,6 +51,19 @@ def test_captions_read_naturally(hexcode, name, caption, group):
     assert drawing.caption == caption
     if name != "woman\u2019s_hat":
         assert drawing.group == group
+
+
+def test_a_caption_names_the_skin_tones_that_are_drawn(catalogue):
+    """By OpenMoji's palette: some of its drawings have two tones in their name and are yellow."""
+    palette = dict(zip(TONES.values(), ("#fadcbc", "#debb90", "#c19a65", "#a57939", "#6a462f")))
+    for drawing in catalogue.drawings:
+        svg = (catalogue.folder / f"{drawing.hexcode}.svg").read_text().lower()
+        assert all(palette[tone] in svg for tone in drawing.tones), drawing.caption
+    yellow = [drawing for drawing in catalogue.drawings if drawing.tones != drawing.named_tones]
+    assert len(yellow) == 40 and {drawing.caption for drawing in yellow} == {
+        "people with bunny ears",
+        "people wrestling",
+    }
 
 
 def test_the_catalogue_names_3953_of_4495(catalogue):
