@@ -7,11 +7,16 @@ this callback the same module runs on one device or under DDP.
       strategy:
         class_path: lightning.pytorch.strategies.ModelParallelStrategy
         init_args: {data_parallel_size: 8, tensor_parallel_size: 1, save_distributed_checkpoint: false}
+      callbacks:
+        - class_path: nextflow.callbacks.fsdp_sharding.FSDPSharding
+          init_args:
+            wrap: [nextflow.models.transformer.block.Block, nextflow.models.transformer.head.SingleHead]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -24,6 +29,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import checkpoint
 
 Precision = Literal["float32", "bfloat16", "float16"]
+FORWARD_METHODS = ["encode", "decode", "embed", "step", "cross_entropy"]
+"""What our models offer beside `forward`: tokenizer, transformer, output head."""
 
 
 class FSDPSharding(L.Callback):
@@ -35,22 +42,22 @@ class FSDPSharding(L.Callback):
     Args:
         wrap: import paths of classes whose instances become one unit each, gathered and freed together; units may hold
             others, and what is left over is one more.
-        forward_methods: methods of the sharded module that are called from outside beside `forward`; those it does not
-            have are passed over.
+        forward_methods: methods beside `forward` that are called from outside, and not by each other: of units, or of the
+            whole module where no unit has them. Names that occur nowhere are passed over.
         param_dtype: data type of gathered parameters, to which a unit casts what it is called with; null keeps that of
             the weights. Parts that others call with float32 (decoders behind a quantiser) have to be units then.
         reduce_dtype: data type in which gradients are summed over ranks; null takes `param_dtype`.
         reshard_after_forward: whether to free gathered parameters after the forward pass and gather them again in the
             backward pass.
         activation_checkpointing: whether units of `wrap` that hold no others keep their inputs alone and compute again
-            in the backward pass.
+            in the backward pass; units with a forward method (output heads) save memory by themselves.
         compile: whether to compile the forward pass of each of them.
     """
 
     def __init__(
         self,
         wrap: list[str],
-        forward_methods: list[str] = ["encode", "decode"],  # noqa: B006 (jsonargparse copies)
+        forward_methods: list[str] = FORWARD_METHODS,
         param_dtype: Precision | None = None,
         reduce_dtype: Precision | None = None,
         reshard_after_forward: bool = True,
@@ -83,13 +90,15 @@ class FSDPSharding(L.Callback):
             raise ValueError(f"FSDPSharding: {type(pl_module).__name__} has no attribute `shard` and cannot be sharded")
         pl_module.shard = partial(self.shard, mesh["data_parallel"])
 
-    def shard(self, mesh: Any, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+    def shard(self, mesh: Any, module: nn.Module, whole: Iterable[nn.Parameter] = (), cast_inputs: bool = True) -> None:
         """Shard a module in place.
 
         Args:
             mesh: the processes to shard over.
-            module: with its initial weights.
+            module: with its initial weights, or on the meta device.
             whole: parameters that every rank keeps whole; their gradients are the caller's to average.
+            cast_inputs: whether to cast what the module itself is called with to `param_dtype`, as units always do; not
+                where rotary positions are among it, which 16 bits do not hold.
 
         Raises ValueError when no submodule is an instance of a class of `wrap`.
         """
@@ -97,14 +106,23 @@ class FSDPSharding(L.Callback):
         if self.classes and not units:
             names = ", ".join(cls.__name__ for cls in self.classes)
             raise ValueError(f"FSDPSharding.wrap: {type(module).__name__} holds no {names}")
-        options = {"mesh": mesh, "mp_policy": self.precision, "ignored_params": set(whole)}
+        options = {"mesh": mesh, "ignored_params": set(whole)}
+        of_units: set[str] = set()
         for unit in reversed(units):  # a module comes after those inside it
-            if not any(isinstance(child, self.classes) for child in unit.modules() if child is not unit):
+            methods = [name for name in self.forward_methods if hasattr(unit, name)]
+            innermost = not any(isinstance(child, self.classes) for child in unit.modules() if child is not unit)
+            if innermost and not methods:
                 self._rewrite_forward(unit)
-            fully_shard(unit, reshard_after_forward=self.reshard_after_forward, **options)
-        fully_shard(module, **options)  # the outermost unit is gathered again at once: it stays as it is
+            # A head comes last: the backward pass would gather it again at once.
+            reshard = self.reshard_after_forward and not methods
+            fully_shard(unit, reshard_after_forward=reshard, mp_policy=self.precision, **options)
+            for name in methods:
+                register_fsdp_forward_method(unit, name)
+            of_units.update(methods)
+        precision = self.precision if cast_inputs else replace(self.precision, cast_forward_inputs=False)
+        fully_shard(module, mp_policy=precision, **options)  # gathered again at once, too: it stays as it is
         for name in self.forward_methods:
-            if hasattr(module, name):
+            if hasattr(module, name) and name not in of_units:
                 register_fsdp_forward_method(module, name)
 
     def _rewrite_forward(self, unit: nn.Module) -> None:

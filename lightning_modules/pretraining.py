@@ -23,11 +23,14 @@ from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
 from nextflow.lightning_modules.answering import generated_of, request_of
+from nextflow.lightning_modules.checkpoint_state import check_average, number_optimizer_states
 from nextflow.lightning_modules.encoding import encode_pixels, rows_with_codes
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
+from nextflow.lightning_modules.sharding import clip_gradients, gradient_norm
 from nextflow.lightning_modules.token_metrics import TokenMetrics
 from nextflow.lightning_modules.tokenizer import load_tokenizer
-from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, initial_weights
+from nextflow.lightning_modules.transformer_building import build_average, build_transformer
+from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY, Weights, initialize
 from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
@@ -44,11 +47,13 @@ class PretrainingModule(L.LightningModule):
 
     Attributes that callbacks may set:
         total_steps: optimiser steps of the learning-rate schedule, when the config leaves it open.
-        shard: `callable(transformer)`, applied once when the layers exist.
+        shard: `callable(transformer, cast_inputs=False)`, applied once when the layers exist.
+        keeps_ema: whether to keep an average of `averaged` as `ema`.
         correction: self-correction of the images that the next training step learns from; None is off.
     """
 
     tokenizer: Tokenizer
+    averaged = "transformer"
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class PretrainingModule(L.LightningModule):
         final_learning_rate: float = 0.0,
         trainable: Literal["all", "alignment"] = "all",
         initialize_from: str | None = None,
+        initialize_weights: Weights = "trained",
         attention: Implementation = "auto",
         layout: LayoutConfig = LayoutConfig(),  # noqa: B008 (frozen)
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
@@ -79,6 +85,7 @@ class PretrainingModule(L.LightningModule):
             final_learning_rate: fraction of the learning rate at the end; 1 is constant after the warm-up.
             trainable: "all", or "alignment": only the connector, the embeddings of new ids and the output head.
             initialize_from: checkpoint of an earlier stage, or folder of Qwen2.5-VL safetensors; weights alone.
+            initialize_weights: which weights of that checkpoint: "trained", or "ema", their average (callback EMA).
             attention: kernel of packed batches: "auto", "sdpa", "dense", "spans", "flex" or "flash".
             layout: as in the data; used by `predict`.
             sampling: how `predict` draws.
@@ -90,12 +97,16 @@ class PretrainingModule(L.LightningModule):
         self.optimizer_factory = optimizer
         self.layout, self.sampling, self.guidance, self.max_text_tokens = layout, sampling, guidance, max_text_tokens
         self.warmup_steps, self.final_learning_rate = warmup_steps, final_learning_rate
-        self.trainable, self.initialize_from, self.attention = trainable, initialize_from, attention
+        self.trainable, self.attention = trainable, attention
+        self.initialize_from, self.initialize_weights = initialize_from, initialize_weights
         self.tokenizer_path, self.text_tokenizer_path = tokenizer, text_tokenizer
         self.total_steps = total_steps
         self.correction: Correction | None = None
+        self._seed = int(torch.randint(2**62, ()))  # here: some strategies seed torch anew before the layers are built
         self.shard: Any = None
+        self.keeps_ema = False
         self.transformer: Any = None  # a Transformer, once configure_model has run
+        self.ema: Any = None  # another, if keeps_ema
         frozen = load_tokenizer(tokenizer)
         # Not a submodule: neither trained, nor sharded, nor saved, nor switched by train().
         object.__setattr__(self, "tokenizer", frozen)
@@ -122,17 +133,19 @@ class PretrainingModule(L.LightningModule):
         """Build the transformer, with the tokenizer's codebook as code embedding. Idempotent."""
         if self.transformer is not None:
             return
-        model = Transformer(self.config)
+        strategy = None if self._trainer is None else self.trainer.strategy
+        model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
         # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
         if self.initialize_from is not None and self._trainer is not None and self.trainer.ckpt_path is None:
-            model.load_state_dict(initial_weights(self.initialize_from, model, self._fingerprint))
+            initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
+        self.transformer = model
+        self.ema = build_average(model, self._prepare, self.shard) if self.keeps_ema else None
+
+    def _prepare(self, model: Transformer) -> None:
         model.set_attention(self.attention)
         if self.trainable == "alignment":
             freeze_for_alignment(model)
-        if self.shard is not None:
-            self.shard(model)
-        self.transformer = model
 
     def setup(self, stage: str) -> None:
         """Refuse data that was laid out for another vocabulary, schedule, layout or shape; alpha is the data's own."""
@@ -176,14 +189,14 @@ class PretrainingModule(L.LightningModule):
         if accumulate > 1:
             torch._foreach_mul_(gradients, accumulate * batches[0] / torch.stack(batches).sum())
         if self._logs_now:
-            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/gradient_norm", gradient_norm(self.transformer.parameters()))
 
     def configure_gradient_clipping(
         self, optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Lightning refuses to clip with fused optimisers under mixed precision, for float16's gradient scaler alone."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and self.trainer.precision != "16-mixed":
-            torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), gradient_clip_val)
+            clip_gradients(self.transformer.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -262,12 +275,14 @@ class PretrainingModule(L.LightningModule):
             "layout": asdict(self.layout),
             "tokenizer": self._fingerprint,
             "text_tokenizer": self.text_tokenizer.to_json(),
+            "ema": self.ema is not None,
         }
+        number_optimizer_states(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained with other tokenizers.
+        """Refuse a checkpoint that was trained with other tokenizers or, to go on training, with or without an average.
 
-        Raises ValueError naming both fingerprints.
+        Raises ValueError naming what differs.
         """
         stored = checkpoint[CHECKPOINT_KEY]
         if stored["tokenizer"] != self._fingerprint:
@@ -280,6 +295,7 @@ class PretrainingModule(L.LightningModule):
                 f"the checkpoint was trained with another text tokenizer than model.text_tokenizer "
                 f"({self.text_tokenizer_path}): name the folder it was trained with"
             )
+        check_average(self, checkpoint, stored.get("ema", False))
 
     # Pieces
 

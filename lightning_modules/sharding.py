@@ -50,13 +50,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Returns the norm before. `torch.nn.utils.clip_grad_norm_` takes either kind, but not both at once.
     """
-    kinds = [kind for kind in _by_kind(parameter for parameter in parameters if parameter.grad is not None) if kind]
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
+    kinds = _with_gradient(parameters)
+    norm = _norm(kinds)
     for kind in kinds:
         torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients, sharded and whole ones together; equal on all ranks, which must all ask for it."""
+    return _norm(_with_gradient(parameters))
 
 
 def optimizer_groups(parameters: Iterable[nn.Parameter]) -> list[Any]:
@@ -76,6 +79,16 @@ def _by_kind(parameters: Iterable[nn.Parameter]) -> _Kinds:
     for parameter in parameters:
         (kinds.sharded if isinstance(parameter, DTensor) else kinds.whole).append(parameter)
     return kinds
+
+
+def _with_gradient(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    return [kind for kind in _by_kind(parameter for parameter in parameters if parameter.grad is not None) if kind]
+
+
+def _norm(kinds: list[list[nn.Parameter]]) -> Tensor:
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
 def _average_gradient(parameter: Tensor) -> None:

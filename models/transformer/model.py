@@ -29,6 +29,7 @@ from nextflow.models.transformer.attention import DecodeCache, SelfAttention
 from nextflow.models.transformer.block import Block, RMSNorm
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.head import DualHead, SingleHead
+from nextflow.models.transformer.rows import copy_rows, draw_rows
 from nextflow.sequence.layout import PackedRows
 
 
@@ -58,12 +59,13 @@ class Transformer(nn.Module):
 
     Args:
         config: shape and vocabulary.
+        seed: of the initial weights; null draws one from torch's generator.
     """
 
     head: SingleHead | DualHead
     num_scales_table: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, seed: int | None = None) -> None:
         super().__init__()
         self.config, self.vocabulary = config, config.vocabulary
         self.attention: Implementation = "auto"
@@ -79,11 +81,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(W, config.norm_eps)
         self.head = SingleHead(W, self.vocabulary) if config.head == "single" else DualHead(W, self.vocabulary)
-        self.init_weights()
+        self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, seed: int | None = None) -> None:
         """Draw all weights anew; also fills the sinusoidal table, so call it after `to_empty` on a model built on meta.
+
+        Each parameter has a seed of its own, so that sharded weights are those of one process. Without `seed` it is drawn
+        from torch's generator.
 
         | parameter                                   | distribution                                   |
         | token, boundary, scale embedding, head      | N(0, s), s = config.init_std; scale row 0 is 0 |
@@ -95,24 +100,32 @@ class Transformer(nn.Module):
         | norms                                       | 1                                              |
         | sinusoid of the number of scales (no parameter) | root mean square s                         |
         """
+        if self.num_scales_table.is_meta:
+            return
+        self.init_table()
         s, layers = self.config.init_std, self.config.num_layers
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.normal_(std=s / math.sqrt(2 * layers))
+                draw_rows(parameter, s / math.sqrt(2 * layers), seed, name)
             elif name == "code_embedding.weight":
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+                draw_rows(parameter, parameter.shape[1] ** -0.5, seed, name)
             elif name == "connector.0.weight":
-                parameter.normal_(std=2**-0.5)
+                draw_rows(parameter, 2**-0.5, seed, name)
             elif name == "connector.2.weight":
-                parameter.normal_(std=2 * s / math.sqrt(parameter.shape[1]))
+                draw_rows(parameter, 2 * s / math.sqrt(parameter.shape[1]), seed, name)
             else:
-                parameter.normal_(std=s)
-        self.scale_embedding.weight[0].zero_()
-        self.num_scales_table.copy_(_sinusoids(self.config.max_scales + 1, self.config.width) * s * math.sqrt(2))
+                draw_rows(parameter, s, seed, name)
+        copy_rows(self.scale_embedding.weight, torch.zeros(1, self.config.width))
+
+    def init_table(self) -> None:
+        """Fill the sinusoidal table, which no checkpoint holds."""
+        scale = self.config.init_std * math.sqrt(2)
+        self.num_scales_table.copy_(_sinusoids(self.config.max_scales + 1, self.config.width) * scale)
 
     @torch.no_grad()
     def initialize_codes(self, vectors_KC: Tensor) -> None:
@@ -125,7 +138,7 @@ class Transformer(nn.Module):
                 f"the tokenizer's codebook is {tuple(vectors_KC.shape)}, "
                 f"the transformer's code embedding {tuple(self.code_embedding.weight.shape)}"
             )
-        self.code_embedding.weight.copy_(vectors_KC)
+        copy_rows(self.code_embedding.weight, vectors_KC)
 
     def set_attention(self, implementation: Implementation) -> None:
         """Choose the attention kernel of packed batches: "auto", "sdpa", "dense", "spans", "flex" or "flash"."""
@@ -140,7 +153,7 @@ class Transformer(nn.Module):
         """Hidden states [B, L, W] of a packed batch, final norm applied."""
         visibility = Visibility(rows.document_BL, rows.block_BL)
         prepare(visibility, self.attention, rows.document_BL.device)
-        x_BLW = self.embed(rows)
+        x_BLW = self._inputs(rows)
         rotation = self._rotation(rows.position_3BL, x_BLW)
         for block in self.blocks:
             x_BLW = block(x_BLW, rotation, visibility)
@@ -148,6 +161,9 @@ class Transformer(nn.Module):
 
     def embed(self, rows: Inputs) -> Tensor:
         """Inputs [B, L, W] of a packed batch, or of a window of decoding."""
+        return self._inputs(rows)  # which `forward` calls itself: a method that FSDP2 knows of must not call another
+
+    def _inputs(self, rows: Inputs) -> Tensor:
         x_BLW = self.embed_tokens(rows.ids_BL)
         vectors = self.code_embedding.weight
         feature_MC = F.embedding_bag(

@@ -17,13 +17,75 @@ published in 2025). The visual tower (`model.visual.*`, `visual.*`) is dropped. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nextflow.models.transformer.config import TransformerConfig
+from nextflow.models.transformer.rows import Rows
 
 OURS_ALONE = ("boundary_embedding.", "code_embedding.", "connector.", "scale_embedding.", "head.code.")
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Tensors of theirs on top of each other, of which the first rows count; read piece by piece."""
+
+    parts: tuple[Rows, ...]
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+        return (self.rows, *self.parts[0].shape[1:])
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        pieces, first = [], 0
+        for part in self.parts:
+            height = part.shape[0]
+            start, stop = (
+                max(rows.start or 0, first),
+                min(self.rows if rows.stop is None else rows.stop, first + height),
+            )
+            if start < stop:
+                pieces.append(part[start - first : stop - first])
+            first += height
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def qwen2_5_vl_rows(
+    theirs: Mapping[str, Rows], ours: Mapping[str, Tensor], config: TransformerConfig
+) -> dict[str, Stacked]:
+    """What a checkpoint holds for each of our keys: all rows, or, of embedding and head, the first `text_size`.
+
+    What Qwen lacks (codes, connector, new vocabulary rows) is not in it. Arguments and errors as in `from_qwen2_5_vl`.
+    """
+    source = {_plain(key): value for key, value in theirs.items() if not key.startswith(("visual.", "model.visual."))}
+    if "embed_tokens.weight" in source:
+        source.setdefault("lm_head.weight", source["embed_tokens.weight"])
+    result = {}
+    missing = []
+    for key, (parts, rows) in _partners(config).items():
+        absent = [part for part in parts if part not in source]
+        if absent or key not in ours:
+            missing += absent or [key]
+            continue
+        tensors = tuple(source.pop(part) for part in parts)
+        height = sum(tensor.shape[0] for tensor in tensors)
+        if rows is not None and height < rows:
+            raise ValueError(f"{parts[0]} has {height} rows, fewer than transformer.text_size {rows}")
+        shape = (height if rows is None else ours[key].shape[0], *tensors[0].shape[1:])
+        if shape != tuple(ours[key].shape):
+            raise ValueError(f"{' + '.join(parts)} has shape {shape}, {key} {tuple(ours[key].shape)}")
+        result[key] = Stacked(tensors, height if rows is None else rows)
+    alone = {key for key in ours if key.startswith(OURS_ALONE)}
+    unknown = sorted(source) + sorted(set(ours) - set(result) - alone - set(missing))
+    if missing or unknown:
+        raise ValueError(
+            f"weights do not match transformer.num_layers {config.num_layers}: missing {missing}, without partner {unknown}"
+        )
+    return result
 
 
 def from_qwen2_5_vl(
@@ -40,30 +102,11 @@ def from_qwen2_5_vl(
     Raises:
         ValueError: a key on either side has no partner, or a shape differs; the message names it.
     """
-    source = {_plain(key): value for key, value in theirs.items() if not key.startswith(("visual.", "model.visual."))}
-    if "embed_tokens.weight" in source:
-        source.setdefault("lm_head.weight", source["embed_tokens.weight"])
-    result = {key: value for key, value in ours.items() if key.startswith(OURS_ALONE)}
-    missing = []
-    for key, (parts, rows) in _partners(config).items():
-        absent = [part for part in parts if part not in source]
-        if absent or key not in ours:
-            missing += absent or [key]
-            continue
-        value = torch.cat([source.pop(part) for part in parts])
-        if rows is not None:
-            if value.shape[0] < rows:
-                raise ValueError(f"{parts[0]} has {value.shape[0]} rows, fewer than transformer.text_size {rows}")
-            value = torch.cat((value[:rows].to(ours[key]), ours[key][rows:]))
-        if value.shape != ours[key].shape:
-            raise ValueError(f"{' + '.join(parts)} has shape {tuple(value.shape)}, {key} {tuple(ours[key].shape)}")
-        result[key] = value
-    unknown = sorted(source) + sorted(set(ours) - set(result) - set(missing))
-    if missing or unknown:
-        raise ValueError(
-            f"weights do not match transformer.num_layers {config.num_layers}: missing {missing}, without partner {unknown}"
-        )
-    return {key: result[key] for key in ours}
+    rows = qwen2_5_vl_rows(theirs, ours, config)
+    return {
+        key: torch.cat((rows[key][:].to(value), value[rows[key].rows :])) if key in rows else value
+        for key, value in ours.items()
+    }
 
 
 def to_qwen2_5_vl(ours: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
