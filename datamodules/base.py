@@ -105,6 +105,7 @@ class ShardDataModule(L.LightningDataModule):
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
         self.stages: list[Stage] | None = None
+        self.restart = False  # set by the callback RestartData
         self.open = ShardFolder(max_open=4 * window_shards)
         self._at: dict[str, dict[str, Any]] = {}
 
@@ -244,7 +245,7 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             ValueError: another number of processes or loader workers, or another seed.
         """
-        if self.trainer is not None and self.trainer.state.fn != "fit":
+        if self.restart or (self.trainer is not None and self.trainer.state.fn != "fit"):
             return
         rank, num_ranks = self.rank
         for name, saved, now in (
@@ -255,7 +256,8 @@ class ShardDataModule(L.LightningDataModule):
             if saved != now:
                 raise ValueError(
                     f"the checkpoint was made with {name} = {saved}, this run has {now}: the data cannot be taken up at the "
-                    "same sample. Use the same value, or start from the weights alone."
+                    "same sample. Use the same value, or let the data begin anew: "
+                    "--trainer.callbacks+=nextflow.callbacks.restart_data.RestartData, with another --data.seed."
                 )
         # Lightning looks for a resumable loader; here the DataModule itself goes on at the same sample.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
