@@ -50,6 +50,12 @@ def rows_with_codes(
     return batch.rows.with_codes(target_N, code_offset, input_N)
 
 
+def count_corrected(rows: PackedRows) -> Tensor:
+    """float32 [2]: codes that are trained on and fed as another one than the target, and all that are trained on."""
+    trained_N = rows.weight_BL.flatten()[rows.code_position_N] > 0
+    return torch.stack([(trained_N & (rows.input_code_N != rows.code_N)).sum(), trained_N.sum()]).float()
+
+
 @torch.no_grad()
 def encode_pixels(
     tokenizer: Tokenizer,

@@ -10,7 +10,6 @@ made on the fly are those of token shards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning as L
@@ -22,9 +21,10 @@ from nextflow.generation.requests import Generated, GenerationRequest
 from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
+from nextflow.lightning_modules.agreement import check_checkpoint, check_data, describe
 from nextflow.lightning_modules.answering import generated_of, request_of
 from nextflow.lightning_modules.checkpoint_state import check_average, number_optimizer_states
-from nextflow.lightning_modules.encoding import encode_pixels, rows_with_codes
+from nextflow.lightning_modules.encoding import count_corrected, encode_pixels, rows_with_codes
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
 from nextflow.lightning_modules.sharding import clip_gradients, gradient_norm
 from nextflow.lightning_modules.token_metrics import TokenMetrics
@@ -35,7 +35,6 @@ from nextflow.models.tokenizer.model import Tokenizer
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.correction import Correction
-from nextflow.sequence.flops import DecoderShape
 from nextflow.sequence.image_layout import LayoutConfig
 from nextflow.sequence.layout import PackedRows
 from nextflow.sequence.scales import Grid
@@ -149,20 +148,7 @@ class PretrainingModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data that was laid out for another vocabulary, schedule, layout or shape; alpha is the data's own."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        plain = {"text_tokenizer": lambda value: value.fingerprint(), "layout": lambda value: replace(value, alpha=0.0)}
-        for name, ours in (
-            ("text_tokenizer", self.text_tokenizer),
-            ("schedule", self.schedule),
-            ("codebook_size", self.config.codebook_size),
-            ("layout", self.layout),
-            ("transformer", DecoderShape.of(self.config)),  # only packing by budget asks the data for it
-        ):
-            compared = plain.get(name, lambda value: value)
-            theirs = getattr(data, name, None)
-            theirs, ours = compared(ours if theirs is None else theirs), compared(ours)
-            if theirs != ours:
-                raise ValueError(f"data.{name} and the model's differ: {theirs} and {ours}")
+        check_data(self, getattr(self.trainer, "datamodule", None))
 
     def on_predict_start(self) -> None:
         """The tokenizer is no submodule, so Lightning does not move it."""
@@ -269,33 +255,16 @@ class PretrainingModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add everything that was resolved, so that the checkpoint explains itself."""
-        checkpoint[CHECKPOINT_KEY] = {
-            "transformer": self.config.to_dict(),
-            "schedule": self.schedule.to_dict(),
-            "layout": asdict(self.layout),
-            "tokenizer": self._fingerprint,
-            "text_tokenizer": self.text_tokenizer.to_json(),
-            "ema": self.ema is not None,
-        }
+        checkpoint[CHECKPOINT_KEY] = describe(self, self._fingerprint)
         number_optimizer_states(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was trained with other tokenizers or, to go on training, with or without an average.
+        """Refuse a checkpoint of other tokenizers or another layout or, to go on training, with or without an average.
 
         Raises ValueError naming what differs.
         """
-        stored = checkpoint[CHECKPOINT_KEY]
-        if stored["tokenizer"] != self._fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained with tokenizer {stored['tokenizer']}, but model.tokenizer "
-                f"({self.tokenizer_path}) is {self._fingerprint}: name the tokenizer it was trained with"
-            )
-        if stored["text_tokenizer"] != self.text_tokenizer.to_json():
-            raise ValueError(
-                f"the checkpoint was trained with another text tokenizer than model.text_tokenizer "
-                f"({self.text_tokenizer_path}): name the folder it was trained with"
-            )
-        check_average(self, checkpoint, stored.get("ema", False))
+        check_checkpoint(self, self._fingerprint, checkpoint)
+        check_average(self, checkpoint, checkpoint[CHECKPOINT_KEY].get("ema", False))
 
     # Pieces
 
@@ -310,13 +279,6 @@ class PretrainingModule(L.LightningModule):
     def _with_codes(self, batch) -> PackedRows:
         return rows_with_codes(batch, self.tokenizer, self.config.vocabulary.code_offset, self.correction, self.device)
 
-    def _corrected_share(self, rows: PackedRows) -> float:
-        """Of the codes that are trained on, the share that is fed as another code than the target."""
-        trained_N = rows.weight_BL.flatten()[rows.code_position_N] > 0
-        corrected_N = trained_N & (rows.input_code_N != rows.code_N)
-        corrected, trained = self._sum_over_ranks(torch.stack([corrected_N.sum(), trained_N.sum()]).float()).tolist()
-        return corrected / max(1.0, trained)
-
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
 
@@ -325,7 +287,8 @@ class PretrainingModule(L.LightningModule):
         totals.add(rows, tokens)
         values = totals.over_ranks(self._sum_over_ranks).named("train")
         if self.correction is not None:
-            values["train/corrected_codes"] = self._corrected_share(rows)
+            corrected, trained = self._sum_over_ranks(count_corrected(rows)).tolist()
+            values["train/corrected_codes"] = corrected / max(1.0, trained)
         self.log("train/loss", values.pop("train/loss"), prog_bar=True)
         self.log_dict(values)
 

@@ -207,6 +207,9 @@ def test_checkpoint_explains_itself_and_refuses_other_tokenizers(folder, tmp_pat
     with pytest.raises(ValueError, match=module.tokenizer.fingerprint()) as error:
         trainer(folder, max_steps=4).fit(other, loader(batches(other)), ckpt_path=path)
     assert other.tokenizer.fingerprint() in str(error.value)
+    with pytest.raises(ValueError, match=r"features='residual'.*model\.layout is .*features='accumulated'"):
+        other = make(folder, layout=LayoutConfig(features="accumulated"))
+        trainer(folder, max_steps=4).fit(other, loader(batches(other)), ckpt_path=path)
     with pytest.raises(ValueError, match="initialize_from"):
         other = make(folder, tokenizer=str(folder / "other.ckpt"), initialize_from=str(path))
         trainer(folder).fit(other, loader(batches(other)))

@@ -1,0 +1,72 @@
+"""What has to agree for a transformer to train or answer: the data, the checkpoint, the two tokenizers and the layout."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from nextflow.lightning_modules.transformer_checkpoint import CHECKPOINT_KEY
+from nextflow.sequence.flops import DecoderShape
+from nextflow.sequence.image_layout import LayoutConfig
+
+
+def check_data(module: Any, data: Any) -> None:
+    """Refuse data that was laid out for another vocabulary, schedule, layout or shape; alpha is the data's own.
+
+    Args:
+        module: a PretrainingModule.
+        data: a DataModule, of which the attributes that exist are compared, or None.
+
+    Raises ValueError naming both sides.
+    """
+    plain = {"text_tokenizer": lambda value: value.fingerprint(), "layout": lambda value: replace(value, alpha=0.0)}
+    for name, ours in (
+        ("text_tokenizer", module.text_tokenizer),
+        ("schedule", module.schedule),
+        ("codebook_size", module.config.codebook_size),
+        ("layout", module.layout),
+        ("transformer", DecoderShape.of(module.config)),  # only packing by budget asks the data for it
+    ):
+        compared = plain.get(name, lambda value: value)
+        theirs = getattr(data, name, None)
+        theirs, ours = compared(ours if theirs is None else theirs), compared(ours)
+        if theirs != ours:
+            raise ValueError(f"data.{name} and the model's differ: {theirs} and {ours}")
+
+
+def describe(module: Any, fingerprint: str) -> dict[str, Any]:
+    """Everything that was resolved, as a checkpoint keeps it to explain itself.
+
+    Args:
+        module: a PretrainingModule.
+        fingerprint: of its image tokenizer.
+    """
+    return {
+        "transformer": module.config.to_dict(),
+        "schedule": module.schedule.to_dict(),
+        "layout": asdict(module.layout),
+        "tokenizer": fingerprint,
+        "text_tokenizer": module.text_tokenizer.to_json(),
+        "ema": module.ema is not None,
+    }
+
+
+def check_checkpoint(module: Any, fingerprint: str, checkpoint: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was trained with other tokenizers or another layout; alpha is the data's own.
+
+    Raises ValueError naming both sides.
+    """
+    stored = checkpoint[CHECKPOINT_KEY]
+    if stored["tokenizer"] != fingerprint:
+        raise ValueError(
+            f"the checkpoint was trained with tokenizer {stored['tokenizer']}, but model.tokenizer "
+            f"({module.tokenizer_path}) is {fingerprint}: name the tokenizer it was trained with"
+        )
+    if stored["text_tokenizer"] != module.text_tokenizer.to_json():
+        raise ValueError(
+            f"the checkpoint was trained with another text tokenizer than model.text_tokenizer "
+            f"({module.text_tokenizer_path}): name the folder it was trained with"
+        )
+    layout = replace(LayoutConfig(**stored["layout"]), alpha=module.layout.alpha)
+    if layout != module.layout:
+        raise ValueError(f"the checkpoint was trained with {layout}, but model.layout is {module.layout}")
