@@ -62,6 +62,10 @@ class TextTokenizer:
             sort_keys=True,
         )
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as a Hugging Face tokenizer folder, which `load_text_tokenizer` reads."""
+        self._tokenizer.save_pretrained(str(folder))
+
     @classmethod
     def from_json(cls, text: str) -> "TextTokenizer":
         """Inverse of `to_json`."""
