@@ -99,7 +99,8 @@ class EMA(L.Callback):
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """One step of the average; what does not train and buffers are the model's."""
     trained = [(mean, value) for mean, value in zip(average.parameters(), model.parameters()) if value.requires_grad]
-    means, values = [mean for mean, _ in trained], [value.to(mean.dtype) for mean, value in trained]
+    means: list[torch.Tensor] = [mean for mean, _ in trained]
+    values = [value.to(mean.dtype) for mean, value in trained]
     torch._foreach_lerp_(means, values, 1.0 - decay)
     for mean, value in zip(average.buffers(), model.buffers()):
         mean.copy_(value)

@@ -152,11 +152,15 @@ def _open(path: Path, key: str, weights: Weights) -> _Opened:
     prefix, tensors = _PREFIX[weights], None
     if path.is_dir():
         from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         start = f"state_dict.{prefix}"
         entries = FileSystemReader(path).read_metadata().state_dict_metadata
-        found = {name.removeprefix(start): entry.size for name, entry in entries.items() if name.startswith(start)}
-        shapes = {name: tuple(size) for name, size in found.items()}
+        shapes = {
+            name.removeprefix(start): tuple(entry.size)
+            for name, entry in entries.items()
+            if name.startswith(start) and isinstance(entry, TensorStorageMetadata)
+        }
     else:
         state = checkpoint["state_dict"]
         tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from nextflow.callbacks.restart_data import RestartData
 from nextflow.datamodules.arrangements import CaptionThenImage, ImageThenCaption, SourceThenResult
 from nextflow.datamodules.editing import EditingDataModule
 from nextflow.datamodules.image_folder import ImageFolderDataModule
@@ -221,6 +222,17 @@ def test_resume_with_another_world_size_is_refused(shapes):
     saved["ranks"] = [{}, {}]
     with pytest.raises(ValueError, match=r"trainer\.devices.* = 2, this run has 1"):
         make_packed(shapes).load_state_dict(saved)
+
+
+def test_resume_with_another_world_size_may_begin_the_data_anew(shapes):
+    saved = make_packed(shapes).state_dict()
+    saved["ranks"] = [{"elsewhere": {}}, {}]
+    data = make_packed(shapes, seed=5)
+    RestartData().setup(SimpleNamespace(datamodule=data), None, "fit")
+    data.load_state_dict(saved)
+    assert data.state_dict()["ranks"] == [{}]
+    with pytest.raises(ValueError, match="RestartData needs a DataModule of nextflow.datamodules"):
+        RestartData().setup(SimpleNamespace(datamodule=None), None, "fit")
 
 
 def test_evaluation_begins_at_the_beginning_with_any_settings(shapes, tmp_path):
