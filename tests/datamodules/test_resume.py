@@ -231,7 +231,7 @@ def test_resume_with_another_world_size_may_begin_the_data_anew(shapes):
     RestartData().setup(SimpleNamespace(datamodule=data), None, "fit")
     data.load_state_dict(saved)
     assert data.state_dict()["ranks"] == [{}]
-    with pytest.raises(ValueError, match="RestartData needs a DataModule of nextflow.datamodules"):
+    with pytest.raises(ValueError, match=r"RestartData needs a DataModule of nextflow\.datamodules"):
         RestartData().setup(SimpleNamespace(datamodule=None), None, "fit")
 
 
