@@ -53,6 +53,8 @@ class PretrainingModule(L.LightningModule):
 
     tokenizer: Tokenizer
     averaged = "transformer"
+    objects: tuple[str, ...] = ("optimizer",)
+    """Arguments that are no hyper-parameters, as they are objects: a checkpoint does not hold them."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class PretrainingModule(L.LightningModule):
             max_text_tokens: longest text that `predict` writes.
         """
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer"])
+        self.save_hyperparameters(ignore=list(self.objects))
         self.optimizer_factory = optimizer
         self.layout, self.sampling, self.guidance, self.max_text_tokens = layout, sampling, guidance, max_text_tokens
         self.warmup_steps, self.final_learning_rate = warmup_steps, final_learning_rate
@@ -132,14 +134,18 @@ class PretrainingModule(L.LightningModule):
         """Build the transformer, with the tokenizer's codebook as code embedding. Idempotent."""
         if self.transformer is not None:
             return
+        # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
+        self.transformer = self.build(from_start=self._trainer is not None and self.trainer.ckpt_path is None)
+        self.ema = build_average(self.transformer, self._prepare, self.shard) if self.keeps_ema else None
+
+    def build(self, *, from_start: bool) -> Transformer:
+        """A transformer with the tokenizer's codebook, sharded if the run is; from the start: with `initialize_from`'s weights."""
         strategy = None if self._trainer is None else self.trainer.strategy
         model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
-        # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
-        if self.initialize_from is not None and self._trainer is not None and self.trainer.ckpt_path is None:
+        if from_start and self.initialize_from is not None:
             initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
-        self.transformer = model
-        self.ema = build_average(model, self._prepare, self.shard) if self.keeps_ema else None
+        return model
 
     def _prepare(self, model: Transformer) -> None:
         model.set_attention(self.attention)

@@ -7,12 +7,14 @@ ranks as soon as they are complete, whatever the strategy. Clipping and optimise
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,6 +62,26 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of all gradients, sharded and whole ones together; equal on all ranks, which must all ask for it."""
     return _norm(_with_gradient(parameters))
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """All parameters of a module sharded by FSDP2 stay gathered inside, so that ranks may run different numbers of forwards.
+
+    Without it every forward gathers anew, all ranks together: decoding, which ends when a rank's own answers do, would hang.
+    Nothing happens to a module that is not sharded.
+    """
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            # As FSDPSharding shards: the outermost unit is needed again at once and stays gathered after its forward.
+            unit.set_reshard_after_forward(unit is not module, recurse=False)
+            unit.reshard()
 
 
 def optimizer_groups(parameters: Iterable[nn.Parameter]) -> list[Any]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nextflow.generation.sampling import SamplingConfig
+from nextflow.lightning_modules.grpo_objective import ObjectiveConfig
+from nextflow.lightning_modules.grpo_rollouts import RolloutConfig
 from nextflow.models.transformer.config import DecoderConfig, TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.models.transformer.rows import Rows, copy_rows
@@ -34,7 +36,7 @@ _PREFIX = {"trained": "transformer.", "ema": "ema."}
 _METADATA = "meta.pt"  # Lightning's name for what is not a tensor of the model or an optimiser
 
 # Hyper-parameters given as objects are pickled as these classes: let Lightning's and our weights-only loading accept them.
-torch.serialization.add_safe_globals([DecoderConfig, LayoutConfig, SamplingConfig])
+torch.serialization.add_safe_globals([DecoderConfig, LayoutConfig, SamplingConfig, ObjectiveConfig, RolloutConfig])
 
 
 class LoadedTransformer(NamedTuple):

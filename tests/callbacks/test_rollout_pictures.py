@@ -1,0 +1,43 @@
+"""RolloutPictures: a sheet at the first batch and then every so many steps, with groups, best and worst."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from nextflow.callbacks.rollout_pictures import RolloutPictures
+
+
+def module():
+    images = [torch.full((8, 8, 3), 10 * index, dtype=torch.uint8) for index in range(6)]
+    return SimpleNamespace(
+        last_rollouts=SimpleNamespace(
+            prompts=["a", "a", "a", "b", "b", "b"],
+            images=images,
+            rewards=torch.tensor([0.3, 0.1, 0.2, 0.6, 0.5, 0.4]),
+            num_generations=3,
+        )
+    )
+
+
+def test_sheets_are_written_when_due(tmp_path):
+    callback = RolloutPictures(every_n_steps=4, output=str(tmp_path))
+    for step in (2, 4, 6, 8, 10):  # two optimiser steps a batch
+        callback.on_train_batch_end(
+            SimpleNamespace(global_step=step, is_global_zero=True, loggers=[]), module(), None, None, 0
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.png", "000004.png", "000008.png"]
+
+
+def test_best_and_worst_stand_below_the_groups():
+    sheet = RolloutPictures(num_groups=1).sheet(module().last_rollouts)
+    assert isinstance(sheet, Image.Image)
+    step = sheet.height // 3
+    rows = [[sheet.getpixel((50 + 108 * column, 50 + step * row))[0] for column in range(3)] for row in range(3)]
+    assert rows == [[0, 10, 20], [30, 40, 50], [10, 20, 0]]
+
+
+def test_interval_is_positive():
+    with pytest.raises(ValueError, match="every_n_steps"):
+        RolloutPictures(every_n_steps=0)
