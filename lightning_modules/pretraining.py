@@ -140,7 +140,7 @@ class PretrainingModule(L.LightningModule):
 
     def build(self, *, from_start: bool) -> Transformer:
         """A transformer with the tokenizer's codebook, sharded if the run is; from the start: with `initialize_from`'s weights."""
-        strategy = None if self._trainer is None else self.trainer.strategy
+        """A transformer with the tokenizer's codebook, sharded if the run is, and `from_start` with what it begins with."""
         model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
         if from_start and self.initialize_from is not None:
