@@ -139,8 +139,8 @@ class PretrainingModule(L.LightningModule):
         self.ema = build_average(self.transformer, self._prepare, self.shard) if self.keeps_ema else None
 
     def build(self, *, from_start: bool) -> Transformer:
-        """A transformer with the tokenizer's codebook, sharded if the run is; from the start: with `initialize_from`'s weights."""
         """A transformer with the tokenizer's codebook, sharded if the run is, and `from_start` with what it begins with."""
+        strategy = None if self._trainer is None else self.trainer.strategy
         model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
         if from_start and self.initialize_from is not None:
