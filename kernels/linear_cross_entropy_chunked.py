@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
     """How much is worked on at once."""
 
     block: int
-    """Logits in float32: near the cache of a CPU, large products for a GPU."""
+    """Numbers in a block of logits, and in the rows of W that make it: near the cache of a CPU, large products for a GPU."""
     kept: int
     """Bytes of logits that `_Total` keeps."""
     group: int
@@ -247,8 +247,8 @@ def _within(target_C: Tensor, block: slice) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(weight_VD: Tensor, tokens: int) -> Iterator[slice]:
-    V = len(weight_VD)
-    size = max(1, SIZES[_device(weight_VD)].block // max(1, tokens))
+    V, D = weight_VD.shape
+    size = max(1, SIZES[_device(weight_VD)].block // max(1, tokens, D))
     return (slice(start, min(start + size, V)) for start in range(0, V, size))
 
 
