@@ -2,7 +2,7 @@
 
     python benchmarks/grpo_prefix.py --run runs/quickstart --output runs/grpo_prefix --steps 40
 
-Every cell of prefix x seed is one run of configs/quickstart/grpo.yaml. Cells that are done are kept, one that was interrupted is
+Every cell of prefix x seed is one run of configs/quickstart/grpo.yaml. Cells that are done are kept, interrupted ones are
 resumed, so the command can be given again until the table is full; `--limit_minutes` ends it between two cells. Before and
 after, `--samples` pictures are drawn for each held-out caption (the compositional split) and for as many training captions:
 
