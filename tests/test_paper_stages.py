@@ -15,6 +15,7 @@ from nextflow.main import cli, main
 from nextflow.models.tokenizer.config import PixelConfig, TokenizerConfig
 from nextflow.models.transformer.block import Block
 from nextflow.models.transformer.config import DecoderConfig
+from nextflow.models.transformer.head import SingleHead
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.text_tokenizer import train_text_tokenizer
 
@@ -108,8 +109,8 @@ def test_stage_is_built_with_the_papers_values(stage: str, files: Path, monkeypa
     assert (model.config.width, model.config.num_layers, model.config.mlp_width) == (3584, 28, 18944)
     assert {name: getattr(model.config, name) for name in vars(shape)} == vars(shape)
     sharding = next(one for one in trainer.callbacks if type(one).__name__ == "FSDPSharding")
-    assert sum(isinstance(part, sharding.classes) for part in model.modules()) == 28 and sharding.classes == (Block,)
-    assert all(hasattr(model, name) for name in sharding.forward_methods)
+    assert sharding.classes == (Block, SingleHead)
+    assert sum(isinstance(part, sharding.classes) for part in model.modules()) == 28 + 1
     blocks_train = all(parameter.requires_grad for parameter in model.blocks.parameters())
     assert blocks_train == (stage != "alignment")
 
