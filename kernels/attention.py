@@ -134,9 +134,14 @@ def _kind(visibility: Visibility | Tensor | None) -> str:
 
 
 def _sdpa(q_BHND: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias_B1NL: Tensor | None) -> Tensor:
-    repeats = q_BHND.shape[1] // k_BGLD.shape[1]
-    if repeats > 1:
-        k_BGLD, v_BGLD = k_BGLD.repeat_interleave(repeats, dim=1), v_BGLD.repeat_interleave(repeats, dim=1)
+    (B, H, N, D), G = q_BHND.shape, k_BGLD.shape[1]
+    if bias_B1NL is None or bias_B1NL.shape[2] == 1:
+        # All queries see the same keys, as in a step of cached decoding: those of a group stand behind each other, and keys
+        # and values need no copies per query head.
+        q_BGMD = q_BHND.reshape(B, G, H // G * N, D)
+        return F.scaled_dot_product_attention(q_BGMD, k_BGLD, v_BGLD, attn_mask=bias_B1NL).view(B, H, N, D)
+    if H > G:
+        k_BGLD, v_BGLD = k_BGLD.repeat_interleave(H // G, dim=1), v_BGLD.repeat_interleave(H // G, dim=1)
     return F.scaled_dot_product_attention(q_BHND, k_BGLD, v_BGLD, attn_mask=bias_B1NL)
 
 

@@ -45,7 +45,9 @@ def rms_norm(x_D: Tensor, weight_D: Tensor, eps: float = 1e-6, implementation: I
         from nextflow.kernels.rms_norm_triton import rms_norm_triton
 
         return rms_norm_triton(x_D, weight_D, eps)
-    if x_D.device.type == "cpu" and not torch.compiler.is_compiling():
+    # A step that writes text has one position per row: calls cost more than passes there, and fused ops are the fewest.
+    one_position = not torch.is_grad_enabled() and x_D.dim() > 1 and x_D.shape[-2] == 1
+    if x_D.device.type == "cpu" and not one_position and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x_D, weight_D, eps)
     if x_D.dtype != weight_D.dtype:
         weight_D = weight_D.to(x_D.dtype)
