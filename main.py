@@ -1,4 +1,4 @@
-"""The command line: `python main.py fit | validate | test | predict | plan -c CONFIG.yaml ...`, installed as `nextflow`.
+"""The command line: `python main.py fit | validate | test | predict | plan | export -c CONFIG ...`, installed as `nextflow`.
 
 It holds no model code: configs name everything by its import path. `docs/configs.md` explains how they compose.
 """
@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 
 USAGE = "%(prog)s -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"  # Lightning's own fills a screen above every error
 USAGES = {name: {"usage": USAGE} for name in LightningCLI.subcommands()}
-PLAN = "One more: `plan -c CONFIG` prints parameters, bytes and FLOPs of a run without starting it (`plan --help`)."
+MORE = {"plan": "nextflow.planning.command", "export": "nextflow.lightning_modules.export"}
 
 
 class NextFlowCLI(LightningCLI):
@@ -49,7 +49,7 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": PLAN, **USAGES} if run else None,
+        parser_kwargs={"epilog": f"Also: {' and '.join(MORE)}, each with its own --help.", **USAGES} if run else None,
         args=args,
         run=run,
     )
@@ -59,8 +59,8 @@ def main(args: ArgsType = None) -> None:
     """Entry point. A mistake of the user ends with one line; NEXTFLOW_TRACEBACK=1 shows where it was found."""
     words = sys.argv[1:] if args is None else args
     try:
-        if isinstance(words, list) and words[:1] == ["plan"]:
-            import_module("nextflow.planning.command").main(words[1:])
+        if isinstance(words, list) and words and words[0] in MORE:
+            import_module(MORE[words[0]]).main(words[1:])
         else:
             cli(args)
     except (ValueError, FileNotFoundError) as error:

@@ -91,11 +91,16 @@ def test_main_imports_lightning_only() -> None:
     assert "lightning" in modules
 
 
-def test_main_hands_over_by_name_to_planning_alone() -> None:
-    """`plan` is not a subcommand of LightningCLI's: main.py passes its words on, and imports the module only then."""
-    calls = [node for node in ast.walk(ast.parse((ROOT / "main.py").read_text())) if isinstance(node, ast.Call)]
-    named = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "import_module"]
-    assert named == ["nextflow.planning.command"]
+def test_main_hands_over_by_name() -> None:
+    """`plan` and `export` are no subcommands of LightningCLI's: main.py passes their words on, and imports only then."""
+    tree = ast.parse((ROOT / "main.py").read_text())
+    (named,) = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MORE"
+    ]
+    assert ast.literal_eval(named) == {
+        "plan": "nextflow.planning.command",
+        "export": "nextflow.lightning_modules.export",
+    }
 
 
 def test_every_package_is_covered_by_a_rule() -> None:
