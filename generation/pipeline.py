@@ -262,6 +262,8 @@ class NextFlowPipeline:
         images = [Image.fromarray(np.asarray(image)) for image in result.images]
         parts: list[str | Image.Image] = []
         for segment in result.segments:
-            is_text = isinstance(segment, TextSegment)
-            parts.append(self.text_tokenizer.decode(segment.ids) if is_text else images.pop(0))
+            if isinstance(segment, TextSegment):
+                parts.append(self.text_tokenizer.decode(segment.ids))
+            else:
+                parts.append(images.pop(0))
         return Answer(parts=(*parts, *images), result=result)
