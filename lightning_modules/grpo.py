@@ -17,7 +17,7 @@ trained scale is not computed. Everything random depends on the prompt's seed, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -237,7 +237,7 @@ class GRPOModule(PretrainingModule):
             means.add("grpo/grad_norm", norm[None])
             optimizer.step()
             scheduler.step()
-        self._log(means.values())
+        self.log_dict(means.values())
 
     def logprobs(self, transformer: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and (detached) entropy of each action [T]. The one function that old, new and reference come from."""
@@ -313,7 +313,7 @@ class GRPOModule(PretrainingModule):
             for name, score_N in scores.by_name.items():
                 means.add(f"val/rewards/{name}/mean", score_N)
         self._validation = []
-        self._log(means.values())
+        self.log_dict(means.values())
 
     def on_test_epoch_end(self) -> None:
         """The same as validation, of the test prompts."""
@@ -323,9 +323,6 @@ class GRPOModule(PretrainingModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing: gradients are exact already, and clipped where they are made."""
-
-    def _log(self, values: Mapping[str, float]) -> None:
-        self.log_dict(dict(values), sync_dist=self.trainer.world_size > 1)
 
     def _over_ranks(self, value_N: Tensor) -> Tensor:
         """[ranks * N], on the CPU."""

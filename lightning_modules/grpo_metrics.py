@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nextflow.lightning_modules.grpo_objective import Advantages, PolicyLoss
@@ -25,8 +26,16 @@ class RunningMeans:
         self._counts[name] += values.numel()
 
     def values(self) -> dict[str, float]:
-        """The means; names without a value are left out."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+        """The means over all processes, of every name that any of them has; names without a value are left out."""
+        own = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
+        ranks: list[dict[str, tuple[float, float]]] = [own]
+        if dist.is_available() and dist.is_initialized():
+            # Not Lightning's reduction by name: answers of one process may have scales that those of another lack.
+            ranks = [own] * dist.get_world_size()
+            dist.all_gather_object(ranks, own)
+        names = sorted({name for rank in ranks for name in rank})
+        sums = {name: [sum(rank.get(name, (0.0, 0.0))[side] for rank in ranks) for side in (0, 1)] for name in names}
+        return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def add_losses(means: RunningMeans, loss: PolicyLoss, entropy_T: Tensor, scale_T: Tensor, has_reference: bool) -> None:

@@ -48,15 +48,19 @@ class Brightness(Reward):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny tokenizer, text tokenizer and transformer."""
     folder = tmp_path_factory.mktemp("grpo")
+    write_models(folder)
+    return folder
+
+
+def write_models(folder):
+    """A tiny tokenizer, text tokenizer and transformer."""
     train_text_tokenizer(PROMPTS, folder / "text", size=300)
     pixel = PixelConfig(width=8, multipliers=(1, 1, 1, 1), num_blocks=1, latent_width=8, groups=4, attention=False)
     config = TokenizerConfig(schedule=SCHEDULE, codebook_size=17, pixel_dim=4, semantic=None, pixel=pixel)
     torch.manual_seed(0)
     save(TokenizerModule(config, stage="pixel"), folder / "tokenizer.ckpt")
     save(PretrainingModule(**paths(folder)), folder / "start.ckpt")
-    return folder
 
 
 def save(module, path):
