@@ -44,14 +44,14 @@ class _PictureFolder(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write samples.jsonl and grid.png, in the order of the numbers, over all ranks."""
-        records = [record for _, record in sorted(_gather(self._records).items())]
+        records = [record for _, record in sorted(gather_records(self._records).items())]
         if not trainer.is_global_zero or not records:
             return
-        _write_lines(self.output / "samples.jsonl", records)
+        write_lines(self.output / "samples.jsonl", records)
         shown = records[: self.max_pictures]
         cells = [Cell(read_picture(self.output / record["file"]), record["prompt"]) for record in shown]
         rows = [cells[start : start + self.columns] for start in range(0, len(cells), self.columns)]
-        _save_png(draw_sheet(rows), self.output / "grid.png")
+        save_png(draw_sheet(rows), self.output / "grid.png")
 
     def _add(self, index: int, pixels_HWC: np.ndarray, record: dict[str, Any]) -> None:
         """Write one picture, with its line of samples.jsonl as a text chunk inside."""
@@ -59,7 +59,7 @@ class _PictureFolder(BasePredictionWriter):
         self._records[index] = record
         info = PngInfo()
         info.add_itxt("nextflow", json.dumps(record, ensure_ascii=False))
-        _save_png(Image.fromarray(pixels_HWC), self.output / record["file"], info)
+        save_png(Image.fromarray(pixels_HWC), self.output / record["file"], info)
 
 
 class ImageWriter(_PictureFolder):
@@ -155,13 +155,14 @@ class CaptionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the file, over all ranks."""
-        records = _gather(self._records)
+        records = gather_records(self._records)
         if trainer.is_global_zero:
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            _write_lines(self.output, [record for _, record in sorted(records.items())])
+            write_lines(self.output, [record for _, record in sorted(records.items())])
 
 
-def _gather(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def gather_records(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Those of all ranks."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return records
     parts: list[Any] = [None] * torch.distributed.get_world_size()
@@ -169,13 +170,15 @@ def _gather(records: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return {index: record for part in parts for index, record in part.items()}
 
 
-def _save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write aside and move into place."""
     partial = path.with_name(f".{path.name}.partial")
     image.save(partial, format="PNG", pnginfo=info)
     os.replace(partial, path)
 
 
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """JSON lines, written aside and moved into place."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     os.replace(partial, path)

@@ -137,7 +137,7 @@ class Prompt:
     """Seed of this prompt's sampling."""
     key: str = ""
     """Key of the sample it was made from, else the index as digits."""
-    task: Literal["image", "text", "reasoning"] = "image"
+    task: Literal["image", "text", "reasoning", "interleaved"] = "image"
     """What to generate: a picture, a text, or a text and then a picture."""
     split: str = "prompts"
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from nextflow.datamodules.images import caption_of, image_names
 from nextflow.sequence.shards import Shard
 
-Task = Literal["image", "text", "reasoning"]
+Task = Literal["image", "text", "reasoning", "interleaved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,14 @@ def source_of_sample(index: int, shard: Shard, key: str, split: str, task: Task)
         parts = [segment for segment in segments if not segment.get("loss", True)]
         if not parts:
             raise ValueError(f"{where}: task reasoning needs segments without loss in front; this document has none")
+    elif task == "interleaved":
+        first = min((place for place, segment in enumerate(segments) if "image" in segment), default=len(segments))
+        parts = segments[:first]
     else:
         last = max((place for place, segment in enumerate(segments) if "image" in segment), default=len(segments))
         # A caption may stand behind its picture.
         parts = segments[:last] or [segment for segment in segments if "text" in segment]
-    if task != "text" and images and shard.header.kind == "documents":
+    if task in ("image", "reasoning") and images and shard.header.kind == "documents":
         reference = images[-1]
     shown = caption_of(record if task == "text" else {"segments": parts})
     return PromptSource(

@@ -56,11 +56,12 @@ class PromptDataModule(L.LightningDataModule):
             prompt_file: text file with one prompt a line.
             shards: split -> glob pattern of shards whose documents are the prompts. Task image: what stands in front of their
                 last image, a caption, or sources and instruction of an edit; that image is the known result. Task text: their
-                first image. Task reasoning: their segments without loss.
+                first image. Task reasoning: their segments without loss. Task interleaved: what is in front of their
+                first image.
             splits: splits to take outside of `fit`; all of `shards` if not given.
             per_split: how many of each split, drawn with `seed`, outside of `fit`; all if not given.
             train_split: split of `shards` that `fit` takes.
-            task: generate an "image", a "text", or with "reasoning" a text and then an image.
+            task: generate an "image", a "text", with "reasoning" a text and then an image, or with "interleaved" both in turn.
             aspect_ratio: height / width of generated images; if not given that of the document's own, and 1 without one.
             schedule: scale schedule.
             batch_size: prompts that are generated together.

@@ -160,8 +160,6 @@ class Generated:
     """All generated text; None for task "image"."""
     parts: tuple[str | Tensor, ...] = ()
     """Texts and pictures (uint8 [H, W, 3]) of the answer in order."""
-    sources: tuple[str | Tensor, ...] = ()
-    """The same of the prompt."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Generated:
         """The same: results are on the CPU already, which is where Lightning moves predictions."""

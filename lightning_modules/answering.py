@@ -17,7 +17,7 @@ Encode = Callable[[Sequence[Tensor], Sequence[tuple[Grid, ...]]], list[Tensor]]
 
 
 def request_of(
-    prompt: Any, *, schedule: ScaleSchedule, encode: Encode, guidance: float, max_text_tokens: int
+    prompt: Any, *, schedule: ScaleSchedule, encode: Encode, guidance: float, max_text_tokens: int, max_images: int = 1
 ) -> GenerationRequest:
     """The request that answers a prompt; its pictures are encoded.
 
@@ -27,6 +27,7 @@ def request_of(
         encode: codes of the prompt's pictures.
         guidance: at the last scale of images; texts have none.
         max_text_tokens: longest text.
+        max_images: most pictures of an interleaved answer.
     """
     segments: list[Segment] = []
     for segment in prompt.segments:
@@ -43,11 +44,13 @@ def request_of(
         seed=prompt.seed,
         guidance=guidance if draws else 0.0,
         max_text_tokens=max_text_tokens,
+        max_images=max_images,
     )
 
 
 def generated_of(prompt: Any, result: GenerationResult, text_tokenizer: TextTokenizer) -> Generated:
     """What writers read of a prompt and its answer."""
+    images = iter(result.images)
     return Generated(
         index=prompt.index,
         prompt=prompt.text,
@@ -58,4 +61,8 @@ def generated_of(prompt: Any, result: GenerationResult, text_tokenizer: TextToke
         split=prompt.split,
         image=result.image,
         text=text_tokenizer.decode(result.text_ids) if prompt.task != "image" else None,
+        parts=tuple(
+            text_tokenizer.decode(segment.ids) if isinstance(segment, TextSegment) else next(images)
+            for segment in (result.segments if result.images or prompt.task == "text" else ())
+        ),
     )

@@ -74,6 +74,7 @@ class PretrainingModule(L.LightningModule):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (frozen)
         guidance: float = 0.0,
         max_text_tokens: int = 64,
+        max_images: int = 5,
     ) -> None:
         """
         Args:
@@ -92,11 +93,13 @@ class PretrainingModule(L.LightningModule):
             sampling: how `predict` draws.
             guidance: strength of guidance at the last scale in `predict`; 0 is off.
             max_text_tokens: longest text that `predict` writes.
+            max_images: most pictures of an interleaved answer of `predict`.
         """
         super().__init__()
         self.save_hyperparameters(ignore=list(self.objects))
         self.optimizer_factory = optimizer
-        self.layout, self.sampling, self.guidance, self.max_text_tokens = layout, sampling, guidance, max_text_tokens
+        self.layout, self.sampling, self.guidance = layout, sampling, guidance
+        self.max_text_tokens, self.max_images = max_text_tokens, max_images
         self.warmup_steps, self.final_learning_rate = warmup_steps, final_learning_rate
         self.trainable, self.attention = trainable, attention
         self.initialize_from, self.initialize_weights = initialize_from, initialize_weights
@@ -251,6 +254,7 @@ class PretrainingModule(L.LightningModule):
             encode=self.encode,
             guidance=self.guidance,
             max_text_tokens=self.max_text_tokens,
+            max_images=self.max_images,
         )
 
     def encode(self, images: Sequence[Tensor], grids: Sequence[tuple[Grid, ...]]) -> list[Tensor]:
