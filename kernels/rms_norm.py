@@ -79,7 +79,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_ND, D = grad_D.reshape(x_ND.shape), x_ND.shape[-1]
         grad_x_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
         grad_weight_D = torch.zeros_like(weight_D, dtype=r_N1.dtype)
-        weight_D = weight_D.to(r_N1.dtype)
+        weight_dtype, weight_D = weight_D.dtype, weight_D.to(r_N1.dtype)
         for x_CD, r_C1, grad_CD, grad_x_CD in _pieces(x_ND, r_N1, grad_ND, grad_x_ND):
             unit_CD = x_CD * r_C1
             share_CD = grad_CD * unit_CD
@@ -87,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
             mean_C1 = share_CD.mul_(weight_D).sum(-1, keepdim=True).div_(D)
             slope_CD = (grad_CD * weight_D).addcmul_(unit_CD, mean_C1, value=-1)
             torch.mul(slope_CD, r_C1, out=grad_x_CD)
-        return grad_x_ND.view(grad_D.shape), grad_weight_D.to(ctx.saved_tensors[1].dtype), None
+        return grad_x_ND.view(grad_D.shape), grad_weight_D.to(weight_dtype), None
 
 
 def _pieces(*tensors_ND: Tensor) -> Iterator[tuple[Tensor, ...]]:
