@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -25,6 +24,7 @@ from nextflow.lightning_modules.agreement import check_checkpoint, check_data, d
 from nextflow.lightning_modules.answering import generated_of, request_of
 from nextflow.lightning_modules.checkpoint_state import check_average, number_optimizer_states
 from nextflow.lightning_modules.encoding import count_corrected, encode_pixels, rows_with_codes
+from nextflow.lightning_modules.initial_file import BeginsFromFile
 from nextflow.lightning_modules.optim import freeze_for_alignment, parameter_groups, warmup_cosine
 from nextflow.lightning_modules.sharding import clip_gradients, gradient_norm
 from nextflow.lightning_modules.token_metrics import TokenMetrics
@@ -41,7 +41,7 @@ from nextflow.sequence.scales import Grid
 from nextflow.sequence.text_tokenizer import load_text_tokenizer
 
 
-class PretrainingModule(L.LightningModule):
+class PretrainingModule(BeginsFromFile):
     """Trains the transformer on packed batches and, for `predict`, answers prompts.
 
     Attributes that callbacks may set:
@@ -137,18 +137,23 @@ class PretrainingModule(L.LightningModule):
         """Build the transformer, with the tokenizer's codebook as code embedding. Idempotent."""
         if self.transformer is not None:
             return
-        # A checkpoint that is about to be restored needs no initial weights, and outlives the file they came from.
-        self.transformer = self.build(from_start=self._trainer is not None and self.trainer.ckpt_path is None)
+        self.transformer = self.build()
+        if self._trainer is not None:
+            with self.may_be_gone():
+                self.start(self.transformer)
         self.ema = build_average(self.transformer, self._prepare, self.shard) if self.keeps_ema else None
 
-    def build(self, *, from_start: bool) -> Transformer:
-        """A transformer with the tokenizer's codebook, sharded if the run is, and `from_start` with what it begins with."""
+    def build(self) -> Transformer:
+        """A transformer with initial weights and the tokenizer's codebook, sharded if the run is."""
         strategy = None if self._trainer is None else self.trainer.strategy
         model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
-        if from_start and self.initialize_from is not None:
-            initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
         return model
+
+    def start(self, model: Transformer) -> None:
+        """Fill a built transformer with what the stage begins with. Raises FileNotFoundError when that is gone."""
+        if self.initialize_from is not None:
+            initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
 
     def _prepare(self, model: Transformer) -> None:
         model.set_attention(self.attention)
@@ -161,6 +166,7 @@ class PretrainingModule(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """The tokenizer is no submodule, so Lightning does not move it."""
+        super().on_predict_start()
         self.tokenizer.to(self.device)
 
     # Training
@@ -273,6 +279,7 @@ class PretrainingModule(L.LightningModule):
 
         Raises ValueError naming what differs.
         """
+        super().on_load_checkpoint(checkpoint)
         check_checkpoint(self, self._fingerprint, checkpoint)
         check_average(self, checkpoint, checkpoint[CHECKPOINT_KEY].get("ema", False))
 

@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -29,6 +28,7 @@ from torch import Tensor
 from nextflow.evaluation.inception import load_inception
 from nextflow.evaluation.reconstruction import ReconstructionEvaluation, ReconstructionMetrics, evaluate
 from nextflow.lightning_modules.code_batch import CodeBatch
+from nextflow.lightning_modules.initial_file import BeginsFromFile
 from nextflow.lightning_modules.optim import default_adam, warmup_cosine
 from nextflow.lightning_modules.sharding import clip_gradients, from_rank_0, keep_whole, optimizer_groups
 from nextflow.lightning_modules.tokenizer_checkpoint import load_tokenizer
@@ -49,7 +49,7 @@ from nextflow.models.tokenizer.usage import CodebookUsage
 from nextflow.sequence.correction import CorrectedCodes, Correction
 
 
-class TokenizerModule(L.LightningModule):
+class TokenizerModule(BeginsFromFile):
     """One training stage of the tokenizer; predicting yields codes.
 
     Callbacks may set `scale_keep`: for each scale whether the training step uses it (scale dropout), or None for all;
@@ -130,7 +130,7 @@ class TokenizerModule(L.LightningModule):
         self.metrics = ReconstructionMetrics(usage, tokenizer.codebook_size)
 
     def setup(self, stage: str) -> None:
-        """Start from the stage before, unless a checkpoint is about to be restored."""
+        """Start from the stage before."""
         wanted = self.evaluation if stage == "test" else ReconstructionEvaluation()
         lpips_weights, key = wanted.lpips_weights, "model.evaluation.lpips_weights"
         self.metrics.lpips = None if lpips_weights is None else PerceptualLoss(lpips_weights, key)
@@ -143,7 +143,7 @@ class TokenizerModule(L.LightningModule):
         has_teacher = self.losses.semantic and self.semantic_encoder_trainable
         teacher = read_tower(str(self.semantic_encoder), self.tokenizer.config) if has_teacher else None
         self.objective = Objective(self.losses, perceptual, teacher)
-        if self.trainer.ckpt_path is None:
+        with self.may_be_gone():
             source = None if self.init_from is None else load_tokenizer(self.init_from, key="init_from")
             start_stage(self.tokenizer, self.stage, source, self.semantic_encoder)
 
@@ -238,6 +238,7 @@ class TokenizerModule(L.LightningModule):
         self._log_metrics("val")
 
     def on_test_start(self) -> None:
+        super().on_test_start()
         self._check_trained()
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
@@ -273,6 +274,7 @@ class TokenizerModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What this config does without (a discriminator, outside of fit) may be in the file; the tokenizer must fit."""
+        super().on_load_checkpoint(checkpoint)
         if "tokenizer_config" in checkpoint:
             check_resumed(self.tokenizer.config, checkpoint["tokenizer_config"])
         ours, stored = self.state_dict(), checkpoint.get("state_dict", {})  # FSDP2's strategy has already taken it out

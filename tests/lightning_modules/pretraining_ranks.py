@@ -176,9 +176,9 @@ def main(folder):
     return results
 
 
-def resumed(folder, name, strategy, start, stop, resume, shards=False):
+def resumed(folder, name, strategy, start, stop, resume, shards=False, **changes):
     """Steps `start` to `stop` of the same run."""
-    return fit(folder, name, make(folder, optimizer=adamw), strategy, stop, start, resume, shards=shards)
+    return fit(folder, name, make(folder, optimizer=adamw, **changes), strategy, stop, start, resume, shards=shards)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,29 @@ def test_resume_equals_a_straight_run(folder, tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_run_outlives_the_file_it_began_with(folder, tmp_path):
+    """A resumed run takes nothing from it; one that begins, or is validated as it begins, needs it."""
+    start = make(folder)
+    run = trainer(folder, max_steps=1)
+    run.fit(start, loader(batches(start)))
+    run.save_checkpoint(tmp_path / "start.ckpt")
+    options = {"total_steps": 3, "initialize_from": str(tmp_path / "start.ckpt")}
+    first, straight = make(folder, **options), make(folder, **options)
+    run = trainer(folder, max_steps=2)
+    run.fit(first, loader(batches(first)))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(folder).fit(straight, loader(batches(straight)))
+    (tmp_path / "start.ckpt").unlink()
+    half = make(folder, **options)
+    trainer(folder).fit(half, loader(batches(half)[2:]), loader(batches(half)), ckpt_path=tmp_path / "half.ckpt")
+    for a, b in zip(half.transformer.state_dict().values(), straight.transformer.state_dict().values()):
+        assert torch.equal(a, b)
+    trainer(folder).validate(half, loader(batches(half)), verbose=False)
+    for begin in ("fit", "validate"):
+        with pytest.raises(FileNotFoundError, match=r"initialize_from: .*start\.ckpt does not exist"):
+            getattr(trainer(folder), begin)(make(folder, **options), loader(batches(half)))
+
+
 def test_open_length_is_refused(folder):
     module = make(folder)
     with pytest.raises(ValueError, match=r"model\.total_steps or trainer\.max_steps"):

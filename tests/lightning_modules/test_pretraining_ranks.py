@@ -83,13 +83,16 @@ ADAM = {"rtol": 1e-5, "atol": 2e-6}
 
 
 def test_resumed_on_another_number_of_processes(runs):
-    """One process' file under FSDP2 on two; two processes' file on one; two processes' shards on one, under FSDP2."""
+    """One process' file under FSDP2 on two; two processes' file on one; two processes' shards on one, under FSDP2, which need
+    no file of initial weights any more."""
     folder, script, _, _ = runs
     straight = load(folder / "1_straight.ckpt")
     same(straight, load(folder / "2_from_one.ckpt"), **ADAM)
     script["resumed"](folder, "1_from_file", "auto", 2, 6, folder / "2_file.ckpt")
     same(straight, load(folder / "1_from_file.ckpt"), **ADAM)
-    script["resumed"](folder, "1_from_shards", "fsdp", 4, 6, folder / "2_shards" / "last.ckpt")
+    script["resumed"](
+        folder, "1_from_shards", "fsdp", 4, 6, folder / "2_shards" / "last.ckpt", initialize_from="gone.ckpt"
+    )
     torch.distributed.destroy_process_group()
     same(straight, load(folder / "1_from_shards.ckpt"), **ADAM)
 

@@ -241,6 +241,25 @@ def test_resumed_run_equals_straight_run(tmp_path, adversarial):
         assert torch.equal(second.state_dict()[name], value), name
 
 
+def test_a_run_outlives_the_stage_it_began_with(stages, tmp_path):
+    """A resumed run takes nothing from it; one that begins needs it."""
+
+    def module(path):
+        L.seed_everything(0, verbose=False)
+        return TokenizerModule(CONFIG, stage="pixel", total_steps=6, init_from=str(path))
+
+    straight = module(stages / "pixel.ckpt")
+    _fit(straight, tmp_path, "straight.ckpt", max_steps=6)
+    _fit(module(stages / "pixel.ckpt"), tmp_path, "half.ckpt", max_steps=3)
+    resumed, gone = module(tmp_path / "gone.ckpt"), module(tmp_path / "gone.ckpt")
+    _trainer(tmp_path, max_steps=6).fit(resumed, LOADER, LOADER, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.trainer.global_step == 6
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    with pytest.raises(FileNotFoundError, match=r"init_from: .*gone\.ckpt does not exist"):
+        _trainer(tmp_path).fit(gone, LOADER)
+
+
 def test_scale_dropout_reaches_the_quantiser(tmp_path):
     module = TokenizerModule(CONFIG, stage="pixel")
     seen = []
