@@ -78,6 +78,16 @@ class ResolutionCurriculum(L.Callback):
             steps = sum(math.ceil(stage.num_batches / accumulate) for stage in self.stages)
             pl_module.total_steps = steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the next stage at its beginning when the checkpoint is that of the last batch of a stage.
+
+        Lightning, too, begins an epoch then, but counts on from where the last one was, unless that is as long as the next:
+        after 4 of 4 batches an epoch of 5 would have one batch. It gets a count that any epoch ends with.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end and loop.batch_progress.is_last_batch:
+            loop.batch_progress.current.completed = max(stage.num_batches for stage in self.stages)
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the level and alpha of this stage."""
         stage = self.stages[trainer.current_epoch]
