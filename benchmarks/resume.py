@@ -155,7 +155,8 @@ class Record(L.Callback):
 def run(folder: Path, cell: Cell, cut: str | None) -> dict[str, Any]:
     """The end of a run, on this rank: straight with checkpoints on the way, or from the checkpoint of a cut on."""
     L.seed_everything(0, verbose=False)
-    record, callbacks = Record(), []
+    record = Record()
+    callbacks: list[L.Callback] = []
     strategy: Any = {"single": "auto", "ddp": "ddp"}.get(cell.strategy)
     if strategy is None:
         strategy = ModelParallelStrategy(cell.ranks, 1, save_distributed_checkpoint=True)

@@ -157,8 +157,7 @@ class GRPOModule(PretrainingModule):
             raise ValueError(
                 "model.objective.beta keeps the policy near its start: name it in model.initialize_from, or set beta to 0"
             )
-        reference = self.build().requires_grad_(False).eval()
-        self.start(reference)
+        reference = self.build(from_start=True).requires_grad_(False).eval()
         self._reference_sum = sum(float(_whole(value.double().sum())) for value in reference.state_dict().values())
         object.__setattr__(self, "reference", reference)
 

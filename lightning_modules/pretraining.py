@@ -137,21 +137,22 @@ class PretrainingModule(BeginsFromFile):
         """Build the transformer, with the tokenizer's codebook as code embedding. Idempotent."""
         if self.transformer is not None:
             return
-        self.transformer = self.build()
+        self.transformer = self.build(from_start=False)
         if self._trainer is not None:
             with self.may_be_gone():
-                self.start(self.transformer)
+                self._start(self.transformer)
         self.ema = build_average(self.transformer, self._prepare, self.shard) if self.keeps_ema else None
 
-    def build(self) -> Transformer:
-        """A transformer with initial weights and the tokenizer's codebook, sharded if the run is."""
+    def build(self, *, from_start: bool) -> Transformer:
+        """A transformer with the tokenizer's codebook, sharded if the run is, and `from_start` with what it begins with."""
         strategy = None if self._trainer is None else self.trainer.strategy
         model = build_transformer(self.config, self._seed, self._prepare, self.shard, strategy)
         model.initialize_codes(self.tokenizer.quantizer.entries_KC())
+        if from_start:
+            self._start(model)
         return model
 
-    def start(self, model: Transformer) -> None:
-        """Fill a built transformer with what the stage begins with. Raises FileNotFoundError when that is gone."""
+    def _start(self, model: Transformer) -> None:
         if self.initialize_from is not None:
             initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
 
