@@ -109,7 +109,7 @@ class FSDPSharding(L.Callback):
         options = {"mesh": mesh, "ignored_params": set(whole)}
         of_units: set[str] = set()
         for unit in reversed(units):  # a module comes after those inside it
-            methods = [name for name in self.forward_methods if hasattr(unit, name)]
+            methods = [name for name in self.forward_methods if _is_method(unit, name)]
             innermost = not any(isinstance(child, self.classes) for child in unit.modules() if child is not unit)
             if innermost and not methods:
                 self._rewrite_forward(unit)
@@ -122,7 +122,7 @@ class FSDPSharding(L.Callback):
         precision = self.precision if cast_inputs else replace(self.precision, cast_forward_inputs=False)
         fully_shard(module, mp_policy=precision, **options)  # gathered again at once, too: it stays as it is
         for name in self.forward_methods:
-            if hasattr(module, name) and name not in of_units:
+            if _is_method(module, name) and name not in of_units:
                 register_fsdp_forward_method(module, name)
 
     def _rewrite_forward(self, unit: nn.Module) -> None:
@@ -133,6 +133,11 @@ class FSDPSharding(L.Callback):
         if self.compile:
             forward = torch.compile(forward)
         unit.forward = forward
+
+
+def _is_method(module: nn.Module, name: str) -> bool:
+    # and not a submodule: the tokenizer's ViT has one that is called as a method of the transformer is
+    return hasattr(module, name) and not isinstance(getattr(module, name), nn.Module)
 
 
 def _class(path: str) -> type[nn.Module]:
