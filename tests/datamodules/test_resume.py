@@ -1,6 +1,5 @@
 """Interrupted == straight: after resume a module sees exactly the batches it would have seen."""
 
-import json
 from types import SimpleNamespace
 
 import lightning as L
@@ -292,37 +291,6 @@ def test_two_ranks_go_on_where_each_of_them_stood(shapes, make, num_workers):
     resumed, _ = batches_of_ranks(make, shapes, 2, num_workers, 5, {"state": state, "done": 6})
     for rank in (0, 1):
         assert first[rank] + resumed[rank] == straight[rank]
-
-
-class RankRecorder(Recorder):
-    """Leaves what each rank was shown as `folder/NAME.RANK.json`."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def on_train_end(self):
-        with open(f"{self.path}.{self.trainer.global_rank}.json", "w") as file:
-            json.dump(self.seen, file)
-
-
-def test_two_real_processes_go_on_where_they_stood(shapes, tmp_path):
-    """Lightning, its checkpoint and the gathered state of both ranks, across a boundary of the curriculum."""
-
-    def run(name, max_steps, checkpoint=None):
-        trainer = L.Trainer(
-            max_steps=max_steps, max_epochs=3, reload_dataloaders_every_n_epochs=1, default_root_dir=tmp_path,
-            accelerator="cpu", strategy="ddp_fork", devices=2, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, callbacks=[ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)],
-        )  # fmt: skip
-        trainer.fit(RankRecorder(tmp_path / name), make_mixture(shapes), ckpt_path=checkpoint)
-        return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
-
-    straight = run("straight", 11)
-    resumed = run("resumed", 11, tmp_path / "step=5.ckpt")
-    assert straight[0] != straight[1]
-    for rank in (0, 1):
-        assert len(straight[rank]) == 11 and resumed[rank] == straight[rank][5:]
 
 
 def test_a_mixture_keeps_what_a_resting_source_holds_back(shapes):
