@@ -31,6 +31,9 @@ from torch.nn import functional as F
 MIN_SHARE = 0.01
 """Finds that explain less than this share of what the largest one does are noise."""
 
+MAX_KEPT_SIDE = 64
+"""Drawings are kept resized up to this side: for 250 drawings at most 16 MB a side, 350 MB if every side comes up."""
+
 NUM_LIKELY = 32
 """How many drawings of the small copy are compared again at full size."""
 
@@ -186,8 +189,7 @@ class SceneReader:
             top = min(max(0, round(box.top * scale[0]) - reach), height - side)
             left = min(max(0, round(box.left * scale[1]) - reach), width - side)
             window_13hw = x_3HW[None, :, top : top + side + 2 * reach, left : left + side + 2 * reach]
-            templates = _Templates(self._drawings_D4ss[likely], side)
-            found = self._try_side(window_13hw, background_3[None], side, templates).of(0)
+            found = self._try_side(window_13hw, background_3[None], side, self._templates_of(side, likely)).of(0)
             place = int(found.gain.argmax())
             row, column = divmod(place, window_13hw.shape[3] - side + 1)
             x, y = (left + column) / width, (top + row) / height
@@ -200,10 +202,14 @@ class SceneReader:
         assert best is not None
         return best[1]
 
-    def _templates_of(self, side: int) -> _Templates:
+    def _templates_of(self, side: int, drawings: Tensor | None = None) -> _Templates:
+        """All drawings, or some, in one size. Resizing is slow, so all are kept in the sizes of small pictures."""
+        if drawings is not None and side > MAX_KEPT_SIDE:
+            return _Templates(_resized(self._drawings_D4ss[drawings], side))
         if side not in self._templates:
-            self._templates[side] = _Templates(self._drawings_D4ss, side)
-        return self._templates[side]
+            self._templates[side] = _Templates(_resized(self._drawings_D4ss, side))
+        kept = self._templates[side]
+        return kept if drawings is None else _Templates(kept.drawing_D4ss[drawings])
 
 
 @lru_cache(maxsize=4)
@@ -231,12 +237,12 @@ class _Finds(NamedTuple):
 
 
 class _Templates:
-    """All drawings in one size, premultiplied: alpha * D, and alpha."""
+    """Drawings in one size, premultiplied: alpha * D, and alpha."""
 
-    def __init__(self, drawings_D4SS: Tensor, side: int) -> None:
-        small_D4ss = F.interpolate(drawings_D4SS, size=(side, side), mode="bilinear", antialias=True)
-        self.weight_DX = small_D4ss.flatten(1)
-        colour_D3N, alpha_D1N = small_D4ss[:, :3].flatten(2), small_D4ss[:, 3:].flatten(2)
+    def __init__(self, drawing_D4ss: Tensor) -> None:
+        self.drawing_D4ss = drawing_D4ss
+        self.weight_DX = drawing_D4ss.flatten(1)
+        colour_D3N, alpha_D1N = drawing_D4ss[:, :3].flatten(2), drawing_D4ss[:, 3:].flatten(2)
         self._colour_D = colour_D3N.square().sum(dim=(1, 2))
         self._cross_D3 = (colour_D3N * alpha_D1N).sum(dim=2)
         self._alpha_D = alpha_D1N.square().sum(dim=(1, 2))
@@ -245,6 +251,10 @@ class _Templates:
         """|alpha (D - b)|^2, [B, D]."""
         squared_B1 = background_B3.square().sum(dim=1, keepdim=True)
         return self._colour_D - 2 * background_B3 @ self._cross_D3.T + squared_B1 * self._alpha_D
+
+
+def _resized(drawings_D4SS: Tensor, side: int) -> Tensor:
+    return F.interpolate(drawings_D4SS, size=(side, side), mode="bilinear", antialias=True)
 
 
 def _sides(largest: int) -> list[int]:
