@@ -1,10 +1,14 @@
 """Where prompts come from: items of the config, lines of a file, documents of shards. Nothing is read until it is needed."""
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nextflow.datamodules.images import caption_of, image_names
 from nextflow.sequence.shards import Shard
+
+log = logging.getLogger(__name__)
 
 Task = Literal["image", "text", "reasoning", "interleaved"]
 
@@ -41,9 +45,38 @@ class PromptSource:
     """File of the known result."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def texts(self) -> list[str]:
+        """What is encoded as text ids."""
+        return [part["text"] for part in self.parts if "text" in part] if self.parts else [self.item.prompt]
+
     def read_image(self, name: str) -> bytes:
         assert self.shard is not None
         return self.shard.read(self.key, name)
+
+
+def not_too_long(sources: Sequence[PromptSource], encode: Callable[[str], list[int]], limit: int) -> list[PromptSource]:
+    """The prompts of at most `limit` text ids. Documents of shards that are longer are left out, with a warning.
+
+    Raises:
+        ValueError: a prompt of the config or of a file is longer, or all documents are.
+    """
+    kept = []
+    for source in sources:
+        length = sum(len(encode(text)) for text in source.texts)
+        if length <= limit:
+            kept.append(source)
+        elif source.shard is None:
+            raise ValueError(
+                f"{source.where} has {length} text ids, data.max_prompt_length is {limit}: shorten it or raise the limit"
+            )
+    if sources and not kept:
+        raise ValueError(f"all {len(sources)} prompts have more text ids than data.max_prompt_length = {limit}")
+    if len(kept) < len(sources):
+        log.warning(
+            "data.max_prompt_length = %d: %d of %d prompts are longer and left out", limit, len(sources) - len(kept), len(sources)
+        )  # fmt: skip
+    return kept
 
 
 def source_of_sample(index: int, shard: Shard, key: str, split: str, task: Task) -> PromptSource:

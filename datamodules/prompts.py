@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from nextflow.datamodules.base import MAKE_CODES, MAKE_DOCUMENTS
 from nextflow.datamodules.batches import Prompt, PromptBatch, RawImage
 from nextflow.datamodules.pixels import decode_image, fit_image
-from nextflow.datamodules.prompt_sources import PromptItem, PromptSource, Task, source_of_sample
+from nextflow.datamodules.prompt_sources import PromptItem, PromptSource, Task, not_too_long, source_of_sample
 from nextflow.datamodules.streams import find_shards
 from nextflow.sequence.documents import TextSegment
 from nextflow.sequence.scales import ScaleSchedule
@@ -43,6 +43,7 @@ class PromptDataModule(L.LightningDataModule):
         train_split: str = "train",
         task: Task = "image",
         aspect_ratio: float | None = None,
+        max_prompt_length: int | None = None,
         schedule: ScaleSchedule = ScaleSchedule(),  # noqa: B008 (frozen)
         batch_size: int = 8,
         num_workers: int = 0,
@@ -63,6 +64,8 @@ class PromptDataModule(L.LightningDataModule):
             train_split: split of `shards` that `fit` takes.
             task: generate an "image", a "text", with "reasoning" a text and then an image, or with "interleaved" both in turn.
             aspect_ratio: height / width of generated images; if not given that of the document's own, and 1 without one.
+            max_prompt_length: most text ids of a prompt. Longer documents of shards are left out with a warning, which bounds the
+                memory of roll-outs; a longer prompt of `prompts` or `prompt_file` is refused. Not given: any length.
             schedule: scale schedule.
             batch_size: prompts that are generated together.
             num_workers: loader processes.
@@ -76,11 +79,13 @@ class PromptDataModule(L.LightningDataModule):
             raise ValueError(
                 f"name exactly one of data.prompts, data.prompt_file and data.shards; given: {given or 'none'}"
             )
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size must be positive, not {batch_size}")
+        for name, number in (("batch_size", batch_size), ("max_prompt_length", max_prompt_length)):
+            if number is not None and number < 1:
+                raise ValueError(f"data.{name} must be positive, not {number}")
         self.schedule = schedule
         self.level = level
         self.aspect_ratio = aspect_ratio
+        self.max_prompt_length = max_prompt_length
         self.task: Task = task
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -100,13 +105,14 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream, from where it stopped. `batch_size` prompts for each process."""
-        sources = self._sources_of_shards([self.train_split], None) if self.shards else self._sources()
+        sources = self._sources([self.train_split], None)
         return DataLoader(_TrainingPrompts(sources, self), batch_size=None, num_workers=self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
         """Every prompt once over all ranks, in order of its index."""
         rank, num_ranks = self.rank
-        data = _Prompts(self._sources()[rank::num_ranks], self)
+        sources = self._sources(self.splits, self.per_split)
+        data = _Prompts(sources[rank::num_ranks], self)
         return DataLoader(data, batch_size=None, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
@@ -213,9 +219,13 @@ class PromptDataModule(L.LightningDataModule):
 
     # Where prompts come from
 
-    def _sources(self) -> list[PromptSource]:
-        if self.shards:
-            return self._sources_of_shards(self.splits, self.per_split)
+    def _sources(self, splits: list[str], per_split: int | None) -> list[PromptSource]:
+        sources = self._sources_of_shards(splits, per_split) if self.shards else self._sources_of_lines()
+        if self.max_prompt_length is None:
+            return sources
+        return not_too_long(sources, self.text_tokenizer.encode, self.max_prompt_length)
+
+    def _sources_of_lines(self) -> list[PromptSource]:
         if self.prompt_file is not None:
             path = Path(self.prompt_file)
             if not path.is_file():
