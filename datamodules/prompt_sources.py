@@ -73,9 +73,10 @@ def not_too_long(sources: Sequence[PromptSource], encode: Callable[[str], list[i
     if sources and not kept:
         raise ValueError(f"all {len(sources)} prompts have more text ids than data.max_prompt_length = {limit}")
     if len(kept) < len(sources):
+        left_out = len(sources) - len(kept)
         log.warning(
-            "data.max_prompt_length = %d: %d of %d prompts are longer and left out", limit, len(sources) - len(kept), len(sources)
-        )  # fmt: skip
+            "data.max_prompt_length = %d: %d of %d prompts are longer and left out", limit, left_out, len(sources)
+        )
     return kept
 
 

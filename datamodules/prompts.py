@@ -64,8 +64,8 @@ class PromptDataModule(L.LightningDataModule):
             train_split: split of `shards` that `fit` takes.
             task: generate an "image", a "text", with "reasoning" a text and then an image, or with "interleaved" both in turn.
             aspect_ratio: height / width of generated images; if not given that of the document's own, and 1 without one.
-            max_prompt_length: most text ids of a prompt. Longer documents of shards are left out with a warning, which bounds the
-                memory of roll-outs; a longer prompt of `prompts` or `prompt_file` is refused. Not given: any length.
+            max_prompt_length: most text ids of a prompt. Longer documents of shards are left out with a warning, which
+                bounds the memory of roll-outs; a longer prompt of `prompts` or `prompt_file` is refused. Not given: any length.
             schedule: scale schedule.
             batch_size: prompts that are generated together.
             num_workers: loader processes.

@@ -148,7 +148,7 @@ def test_reasoning_is_asked_for_by_segments_without_loss(shapes, tmp_path):
 
 def test_prompts_that_are_too_long_are_refused_or_left_out(shapes, tmp_path, caplog):
     long = "a very long prompt " * 20
-    with pytest.raises(ValueError, match=r"data.prompts\[1\] has \d+ text ids, data.max_prompt_length is 16"):
+    with pytest.raises(ValueError, match=r"data\.prompts\[1\] has \d+ text ids, data\.max_prompt_length is 16"):
         make(shapes, prompts=["a short one", long], max_prompt_length=16).predict_dataloader()
     lengths = [len(segment.ids) for prompt in prompts_of(make(shapes, shapes.documents)) for segment in prompt.segments]
     limit = sorted(lengths)[len(lengths) // 2]
@@ -157,5 +157,5 @@ def test_prompts_that_are_too_long_are_refused_or_left_out(shapes, tmp_path, cap
     assert f"{len(lengths) - len(kept)} of {len(lengths)} prompts are longer" in caplog.text
     batch = next(iter(make(shapes, shapes.documents, max_prompt_length=limit, batch_size=64).train_dataloader()))
     assert max(len(segment.ids) for prompt in batch.prompts for segment in prompt.segments) <= limit
-    with pytest.raises(ValueError, match="have more text ids than data.max_prompt_length = 1"):
+    with pytest.raises(ValueError, match=r"have more text ids than data\.max_prompt_length = 1"):
         make(shapes, shapes.documents, max_prompt_length=1).predict_dataloader()
