@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextflow.generation.pipeline import NextFlowPipeline
+from nextflow.lightning_modules.export import export
 from nextflow.lightning_modules.transformer_checkpoint import initialize, load_transformer
 from nextflow.models.transformer.model import Transformer
 
@@ -113,6 +115,10 @@ def test_a_folder_of_shards_reads_as_a_file_does(runs, weights):
         differ += not torch.equal(ours, whole.transformer.state_dict()[name])
     assert differ > 10  # two steps lie between them
     assert torch.equal(loaded.transformer.num_scales_table, whole.transformer.num_scales_table)
+    exported = export(shards, folder / f"hub_{weights}", tokenizer=folder / "tokenizer.ckpt", weights=weights)
+    pipeline = NextFlowPipeline.from_pretrained(exported)
+    for (name, ours), theirs in zip(loaded.transformer.state_dict().items(), pipeline.transformer.state_dict().values()):
+        assert torch.equal(ours, theirs), name
     script["resumed"](folder, "1_again", "fsdp", 4, 4, shards)
     torch.distributed.destroy_process_group()
     prefix = {"trained": "transformer.", "ema": "ema."}[weights]
