@@ -2,13 +2,13 @@
 
     python benchmarks/grpo_prefix.py --output runs/grpo_prefix --steps 30
 
-Every cell of prefix x seed is one run of `--config` (composed scenes, rewarded for the right drawings, number and places). Cells
+Every cell of prefix x seed is one run of `--config` (composed scenes; right drawings, number and places are rewarded). Cells
 that are done are kept, interrupted ones are resumed, so the command can be given again until the table is full;
 `--limit_minutes` ends it between two cells. Before and after, `--samples` pictures are drawn for each of `--prompts` held-out
 scenes (the compositional split) and of as many training scenes, at temperature 1 without guidance:
 
     reward      what was trained on, and each of its parts
-    rank_1, 5   the judge, no part of the reward: the share of pictures whose scene is the nearest of all scenes of the split, by
+    rank_1, 5   the judge, no part of the reward: the share of pictures whose scene is the nearest of all of the split, by
                 mean squared difference of pixels (64 x 64), or among the five nearest
     distance    that difference itself, between a picture and the scene that it should show
 """
