@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Logits that are held at once: 64 MiB in float32. Level 1024 with 16,384 codes would need 256 MiB per picture and side.
 LOGITS = 2**24
+# On a CPU fewer, 16 MiB: larger blocks would be new memory for every op, and leave the cache between them.
+CPU_LOGITS = 2**22
 
 
 class Fed(NamedTuple):
@@ -108,7 +110,7 @@ def _sample_codes(
     rule: Rule,
 ) -> Sample:
     """Codes [M], by parts that keep the logits small."""
-    size = max(1, LOGITS // transformer.config.codebook_size)
+    size = max(1, (CPU_LOGITS if noise_M.device.type == "cpu" else LOGITS) // transformer.config.codebook_size)
     parts = []
     for start in range(0, len(noise_M), size):
         part = slice(start, start + size)

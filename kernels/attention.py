@@ -4,6 +4,7 @@
     flash       flash-attn, for calls without a mask or rows of one plain text (`attention_flash.py`). CUDA.
     spans       matrix products over the visible keys of each span of queries alone (`attention_spans.py`). Made for CPUs.
     dense       two matrix products and a softmax over all scores; in bfloat16 on a CPU the fastest for short rows.
+    pieces      a scale in cached decoding, some queries at a time (`attention_pieces.py`). Made for bfloat16 on CPUs.
     sdpa        `scaled_dot_product_attention` with a dense mask, which never holds all scores. Runs everywhere.
     reference   the definition, to compare with
 
@@ -22,11 +23,12 @@ from torch.nn import functional as F
 
 from nextflow.kernels.attention_flash import can_flash, flash, has_flash
 from nextflow.kernels.attention_flex import flex
+from nextflow.kernels.attention_pieces import attention_pieces, is_faster_in_pieces
 from nextflow.kernels.attention_spans import attention_spans
 from nextflow.kernels.implementation import announce
 from nextflow.kernels.visibility import Visibility, hidden_bias
 
-Implementation = Literal["auto", "sdpa", "dense", "spans", "flex", "flash", "reference"]
+Implementation = Literal["auto", "sdpa", "dense", "spans", "pieces", "flex", "flash", "reference"]
 
 # Scores that `auto` lets `dense` hold at once on CPU: 128 MiB in bfloat16.
 DENSE_ELEMENTS = 2**26
@@ -48,7 +50,8 @@ def attention(
         visibility: the law of a packed batch (then N = L), or the visible keys as bool [B, N, L] (cached decoding), or None
             when every query sees every key.
         implementation: "auto" takes for a packed batch flex on CUDA, and on CPU whichever of spans, dense (16 bits) and sdpa
-            has the least to do; without a mask flash on CUDA when it is installed; otherwise sdpa. A named one runs or raises.
+            has the least to do; without a mask flash on CUDA when it is installed; for many queries that see the same keys
+            pieces in bfloat16 on CPU; otherwise sdpa. A named one runs or raises.
 
     Returns:
         [B, H, N, D].
@@ -63,6 +66,8 @@ def attention(
         return attention_ref(q_BHND, k_BGLD, v_BGLD, visibility)
     if implementation == "flash":
         return flash(q_BHND, k_BGLD, v_BGLD, visibility)
+    if implementation == "pieces":
+        return attention_pieces(q_BHND, k_BGLD, v_BGLD, visibility)
     if implementation in ("flex", "spans"):
         if not isinstance(visibility, Visibility):
             raise ValueError(
@@ -112,10 +117,10 @@ def attention_ref(
 # What it decides depends on the batch and not on the graph, so a compiled block asks it from outside.
 @torch.compiler.disable
 def _choose(q_BHND: Tensor, k_BGLD: Tensor, visibility: Visibility | Tensor | None) -> Implementation:
-    if visibility is None:
-        return "flash" if can_flash(q_BHND) and has_flash() else "sdpa"
-    if isinstance(visibility, Tensor):
-        return "sdpa"
+    if not isinstance(visibility, Visibility):
+        if is_faster_in_pieces(q_BHND, k_BGLD, visibility):
+            return "pieces"
+        return "flash" if visibility is None and can_flash(q_BHND) and has_flash() else "sdpa"
     if q_BHND.is_cuda:
         return "flex"
     if q_BHND.device.type != "cpu":

@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 
 from nextflow.kernels import attention as module
-from nextflow.kernels import attention_flex, attention_spans, visibility
+from nextflow.kernels import attention_flex, attention_pieces, attention_spans, visibility
 from nextflow.kernels.attention import Visibility, attention, attention_ref
 from nextflow.sequence.documents import Document, ImageSegment, TextSegment, Vocabulary
 from nextflow.sequence.image_layout import LayoutConfig
@@ -190,6 +190,33 @@ def test_decoding_masks():
         torch.testing.assert_close(ours, attention_ref(q, k, v, mask), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("elements", [2**20, 16 * 9, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_equal_the_reference_wherever_they_are_cut(monkeypatch, elements, dtype):
+    """A scale of 40 queries, strided as in the model, behind a buffer with room; every row sees some keys or all."""
+    monkeypatch.setattr(attention_pieces, "PIECE_ELEMENTS", elements)
+    q = torch.randn(2, 40, 4, 8).transpose(1, 2).to(dtype)
+    k, v = (torch.randn(2, 2, 12, 8)[:, :, :9].to(dtype) for _ in range(2))
+    of_keys = torch.arange(9) < torch.tensor([[9], [4]])
+    for mask in (of_keys[:, None], None):
+        ours = attention(q, k, v, mask, "pieces")
+        assert ours.dtype == dtype
+        theirs = attention_ref(q.float(), k.float(), v.float(), mask)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_auto_takes_pieces_for_a_large_scale_in_bfloat16():
+    def chosen(N, dtype, mask=None, grad=False):
+        q, k = torch.empty(1, 4, N, 8, dtype=dtype, requires_grad=grad), torch.empty(1, 2, N + 3, 8, dtype=dtype)
+        return module._choose(q, k, mask)
+
+    of_keys, of_pairs = torch.ones(1, 1, 131, dtype=torch.bool), torch.ones(1, 128, 131, dtype=torch.bool)
+    assert chosen(128, torch.bfloat16) == chosen(128, torch.bfloat16, of_keys) == "pieces"
+    assert chosen(127, torch.bfloat16) == chosen(128, torch.float32) == "sdpa"
+    assert chosen(128, torch.bfloat16, of_pairs) == chosen(128, torch.bfloat16, grad=True) == "sdpa"
+
+
 def test_masks_tiles_and_spans_are_built_once():
     law = packed(2, 8)
     assert law.bias_B1LL(torch.float32) is law.bias_B1LL(torch.float32)
@@ -220,6 +247,10 @@ def test_named_implementation_raises_where_it_cannot_run():
     for name in ("flex", "spans"):
         with pytest.raises(ValueError, match=f"'{name}' needs the documents and blocks of a packed batch"):
             attention(q, q, q, None, name)
+    with pytest.raises(ValueError, match="'pieces' is for steps of cached decoding, but a gradient is asked for"):
+        attention(q, q, q, None, "pieces")
+    with pytest.raises(ValueError, match="queries of one row may see different keys"):
+        attention(q.detach(), q.detach(), q.detach(), law, "pieces")
     scattered = Visibility(torch.tensor([[0, 1, 0, 1, 0, 1, 0, 1]]), torch.arange(8)[None])
     with pytest.raises(ValueError, match="'spans' needs each document in one piece"):
         attention(q, q, q, scattered, "spans")
