@@ -88,9 +88,11 @@ def read_folder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Syste
             f"{folder / CONFIG} is of type {config.get('model_type')!r}, format {config.get('format')}; this version reads "
             f"'nextflow' up to format {FORMAT}: update it, or name a folder that `main.py export` wrote"
         )
-    transformer = Transformer(TransformerConfig.from_dict(config["transformer"])).to(dtype)
+    with torch.device("meta"):  # drawing random weights takes longer than reading the real ones
+        transformer = Transformer(TransformerConfig.from_dict(config["transformer"])).to(dtype)
+        tokenizer = Tokenizer(TokenizerConfig.from_dict(_read_json(folder / IMAGE_TOKENIZER)))
     _read_weights(transformer, folder)
-    tokenizer = Tokenizer(TokenizerConfig.from_dict(_read_json(folder / IMAGE_TOKENIZER)))
+    transformer.init_table()
     _read_weights(tokenizer, folder / IMAGE_TOKENIZER)
     text_tokenizer = load_text_tokenizer(folder / TEXT_TOKENIZER)
     for name, actual in (
@@ -123,11 +125,11 @@ def _write_weights(module: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def _read_weights(module: nn.Module, folder: Path) -> None:
-    """Fill the module one tensor at a time, so that nothing is held twice."""
+    """Give a module on the meta device memory and fill it one tensor at a time, so that nothing is held twice."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"no model*.safetensors in {folder}: the folder is not complete")
-    missing = dict(module.state_dict())
+    missing = dict(module.to_empty(device="cpu").state_dict())
     for path in files:
         with safe_open(path, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (no mapping)

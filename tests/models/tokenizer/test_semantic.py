@@ -102,6 +102,17 @@ def test_semantic_and_pixel_grid_are_one_at_stride_16(aspect_ratio):
     assert output.tower_BND.shape == output.semantic_BND.shape == (1, grids[-1][0] * grids[-1][1], 32)
 
 
+def test_a_state_dict_is_all_that_a_tokenizer_holds():
+    """`generation.folder` builds it without memory and reads its state dict: a buffer outside of that would stay empty."""
+    pixel = PixelConfig(width=4, multipliers=(1, 2, 2, 2, 2), num_blocks=1, groups=2)
+    with torch.device("meta"):
+        tokenizer = Tokenizer(
+            TokenizerConfig(codebook_size=8, semantic_dim=6, pixel_dim=2, pixel=pixel, semantic=CONFIG)
+        )
+    held = {name for name, _ in [*tokenizer.named_parameters(), *tokenizer.named_buffers()]}
+    assert held == tokenizer.state_dict().keys()
+
+
 def test_embeddings_equal_transformers_per_image_loop():
     embeddings = _siglip().vision_model.embeddings
     images = torch.rand(3, 3, 3 * PATCH, 5 * PATCH)
