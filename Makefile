@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 # The folders import as nextflow.<folder>, and so mypy has to meet the checkout under that name.
 TYPED := $(abspath $(VENV))/typed
-PACKAGES := callbacks datamodules evaluation generation kernels lightning_modules models planning rewards sequence
+PACKAGES := callbacks datamodules diagnosis evaluation generation kernels lightning_modules models planning rewards sequence
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint

@@ -1,4 +1,5 @@
-"""The command line: `python main.py fit | validate | test | predict | plan | export -c CONFIG ...`, installed as `nextflow`.
+"""The command line, installed as `nextflow`: `python main.py fit | validate | test | predict | plan | export -c CONFIG ...`,
+and `python main.py doctor RUN_FOLDER ...`.
 
 It holds no model code: configs name everything by its import path. `docs/configs.md` explains how they compose.
 """
@@ -20,7 +21,11 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 
 USAGE = "%(prog)s -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"  # Lightning's own fills a screen above every error
 USAGES = {name: {"usage": USAGE} for name in LightningCLI.subcommands()}
-MORE = {"plan": "nextflow.planning.command", "export": "nextflow.lightning_modules.export"}
+MORE = {
+    "plan": "nextflow.planning.command",
+    "export": "nextflow.lightning_modules.export",
+    "doctor": "nextflow.diagnosis.command",
+}
 
 
 class NextFlowCLI(LightningCLI):
@@ -49,7 +54,7 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": f"Also: {' and '.join(MORE)}, each with its own --help.", **USAGES} if run else None,
+        parser_kwargs={"epilog": f"Also: {', '.join(MORE)}, each with its own --help.", **USAGES} if run else None,
         args=args,
         run=run,
     )

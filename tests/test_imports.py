@@ -24,9 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "lightning_modules": LIBRARY,
     "callbacks": {"sequence", "evaluation"},
     "planning": {"models", "sequence", "lightning_modules"},
+    "diagnosis": set(),
 }
 TYPES_ONLY = {"lightning_modules": "nextflow.datamodules.batches", "callbacks": "nextflow.datamodules.batches"}
-WITHOUT_LIGHTNING = {"models", "sequence", "kernels", "generation", "evaluation"}
+WITHOUT_LIGHTNING = {"models", "sequence", "kernels", "generation", "evaluation", "diagnosis"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 
 
@@ -92,7 +93,7 @@ def test_main_imports_lightning_only() -> None:
 
 
 def test_main_hands_over_by_name() -> None:
-    """`plan` and `export` are no subcommands of LightningCLI's: main.py passes their words on, and imports only then."""
+    """`plan`, `export` and `doctor` are no subcommands of LightningCLI's: main.py passes words on, and imports only then."""
     tree = ast.parse((ROOT / "main.py").read_text())
     (named,) = [
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MORE"
@@ -100,6 +101,7 @@ def test_main_hands_over_by_name() -> None:
     assert ast.literal_eval(named) == {
         "plan": "nextflow.planning.command",
         "export": "nextflow.lightning_modules.export",
+        "doctor": "nextflow.diagnosis.command",
     }
 
 
