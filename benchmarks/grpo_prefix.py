@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def main() -> None:
     started, output = time.monotonic(), Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
     cells = [(prefix, seed) for seed in given.seeds for prefix in given.prefixes]
-    judge = Judge(yaml.safe_load(Path(given.config[0]).read_text()), given.prompts, given.samples)
+    judge = Judge(_merged(given.config), given.prompts, given.samples)
     before = _kept(output / "before.json", lambda: judge(judge.start, output / "before.png"))
     rows = []
     for prefix, seed in cells:
@@ -92,7 +92,8 @@ def _cell(folder: Path, prefix: int, seed: int, given: argparse.Namespace, judge
         sys.executable, str(ROOT / "main.py"), "fit",
         *(word for config in [*given.config, overlay] for word in ("-c", str(config))),
         f"--trainer.max_steps={given.steps}", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.init_args.save_dir={folder}", f"--seed_everything={seed}", f"--data.seed={100_000 * seed}",
+        f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=grpo",
+        f"--seed_everything={seed}", f"--data.seed={100_000 * seed}",
         f"--model.rollouts.prefix_scales={prefix}", *([f"--ckpt_path={last}"] if last.exists() else []),
     ]  # fmt: skip
     begun = _children_seconds()
@@ -146,6 +147,20 @@ class Judge:
             rows += [cells[start : start + 8] for start in range(0, min(24, len(cells)), 8)]
         draw_sheet(rows, side=96).save(sheet)
         return values
+
+
+def _merged(paths: list[str]) -> dict:
+    """Several configs as one, as the command line merges them: mappings are joined, all else is replaced."""
+
+    def joined(old: dict, new: dict) -> dict:
+        both = {
+            key: joined(old[key], new[key])
+            for key in new
+            if isinstance(old.get(key), dict) and isinstance(new[key], dict)
+        }
+        return {**old, **new, **both}
+
+    return reduce(joined, (yaml.safe_load(Path(path).read_text()) for path in paths))
 
 
 def _prompts(data: dict, split: str, number: int) -> list:

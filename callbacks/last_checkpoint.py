@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -50,6 +51,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._settle_folder(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = _Direct()
+        # Modules that optimise by themselves (tokenizer, GRPO) are saved behind their batch, which is what is wanted.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         super().setup(trainer, pl_module, stage)
 
     def _settle_folder(self, trainer: L.Trainer) -> None:

@@ -117,7 +117,9 @@ def test_a_folder_of_shards_reads_as_a_file_does(runs, weights):
     assert torch.equal(loaded.transformer.num_scales_table, whole.transformer.num_scales_table)
     exported = export(shards, folder / f"hub_{weights}", tokenizer=folder / "tokenizer.ckpt", weights=weights)
     pipeline = NextFlowPipeline.from_pretrained(exported)
-    for (name, ours), theirs in zip(loaded.transformer.state_dict().items(), pipeline.transformer.state_dict().values()):
+    for (name, ours), theirs in zip(
+        loaded.transformer.state_dict().items(), pipeline.transformer.state_dict().values()
+    ):
         assert torch.equal(ours, theirs), name
     script["resumed"](folder, "1_again", "fsdp", 4, 4, shards)
     torch.distributed.destroy_process_group()
