@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nextflow.kernels.attention import Visibility
+from nextflow.kernels.linear import linear
 from nextflow.kernels.rms_norm import rms_norm
 from nextflow.kernels.rope import Rotation
 from nextflow.models.transformer.attention import DecodeCache, SelfAttention
@@ -44,7 +45,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_BLW: Tensor) -> Tensor:
         """[B, L, W] to [B, L, W]."""
-        gate, up = self.gate_up_proj(x_BLW).chunk(2, dim=-1)
+        gate, up = linear(x_BLW, self.gate_up_proj.weight).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate) * up)
 
 

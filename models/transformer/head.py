@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from nextflow.kernels.linear import linear
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from nextflow.sequence.documents import Vocabulary
 
@@ -27,11 +27,11 @@ class SingleHead(nn.Linear):
 
     def text_logits(self, x_NW: Tensor) -> Tensor:
         """Logits [..., U] of text ids, <boi> and <eoi>."""
-        return F.linear(x_NW, self.weight[: self.code_offset])
+        return linear(x_NW, self.weight[: self.code_offset])
 
     def code_logits(self, x_NW: Tensor) -> Tensor:
         """Logits [..., K] of codes."""
-        return F.linear(x_NW, self.weight[self.code_offset :])
+        return linear(x_NW, self.weight[self.code_offset :])
 
     def cross_entropy(
         self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False
@@ -59,11 +59,11 @@ class DualHead(nn.Module):
 
     def text_logits(self, x_NW: Tensor) -> Tensor:
         """Logits [..., U] of text ids, <boi> and <eoi>."""
-        return self.text(x_NW)
+        return linear(x_NW, self.text.weight)
 
     def code_logits(self, x_NW: Tensor) -> Tensor:
         """Logits [..., K] of codes."""
-        return self.code(x_NW)
+        return linear(x_NW, self.code.weight)
 
     def cross_entropy(
         self, x_NW: Tensor, target_N: Tensor, token_weight_N: Tensor | None = None, *, entropy: bool = False
