@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = Path("configs/ablations/transformer")
 OUTPUT = Path("runs/ablations/transformer")
 DATA = Path("runs/openmoji/data_all")
-CORRECTED = Path("runs/openmoji/codes_corrected")
 ARMS = [
     "base", "accumulated", "positions_grid", "positions_shifted", "dual_head", "last_scale", "alpha_0", "self_correction",
     "accumulated_self_correction",
@@ -121,9 +120,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of model and data")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    if "self_correction" in arguments.arms and not CORRECTED.is_dir():
-        corrected = ["-c", "configs/openmoji/codes.yaml", "-c", str(CONFIGS / "corrected_codes.yaml")]
-        _call(["predict", *corrected], CORRECTED / "predict.log")
     for seed in arguments.seeds:
         for arm in arguments.arms:
             run(arm, seed)
