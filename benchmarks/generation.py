@@ -4,6 +4,7 @@
     python benchmarks/generation.py cache --level 256
     python benchmarks/generation.py text
     python benchmarks/generation.py breakdown --level 1024
+    python benchmarks/generation.py bound --level 512 --clock cpu --threads 1
 
 One transformer with random weights, of about 100M parameters: speed does not depend on what they are.
 raster      the same blocks, head and final grid, one code after another in raster order, keys and values cached in one
@@ -13,6 +14,8 @@ raster      the same blocks, head and final grid, one code after another in rast
 cache       the same engine that feeds every row from its beginning at each scale.
 text        transformers' Qwen2.5 with equal weights, `generate` with its default cache, the same ids.
 breakdown   seconds of each scale and of the image tokenizer's decoder.
+bound       what raster's ratio would be if there were nothing but products with the weights: of one position (per picture),
+            for each token of raster, and at the rate of 256 positions for every position of next scale.
 Both sides of a comparison run in this process and take turns; the fastest round of each counts. `--clock cpu --threads 1`
 counts the seconds that the processor worked, which stay comparable on a machine that has other things to do.
 """
@@ -28,11 +31,12 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextflow.generation.cache import KVCache
 from nextflow.generation.engine import Decoding, GenerationRequest
 from nextflow.generation.sampling import Rule, SamplingConfig, sample
+from nextflow.kernels.linear import linear
 from nextflow.models.transformer.config import TransformerConfig
 from nextflow.models.transformer.model import Transformer
 from nextflow.sequence.documents import TextSegment
@@ -54,7 +58,7 @@ def main() -> None:
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     with torch.device(options.device):
         transformer = Transformer(_config(options)).eval().to(dtype)
-    run = {"raster": raster, "cache": without_cache, "text": text, "breakdown": breakdown}[options.what]
+    run = {"raster": raster, "cache": without_cache, "text": text, "breakdown": breakdown, "bound": bound}[options.what]
     with torch.no_grad():
         Console(width=120).print(run(transformer, options))
 
@@ -151,6 +155,30 @@ def breakdown(transformer: Transformer, options: argparse.Namespace) -> Table:
     cells = [str(height * width) for height, width in grids] + [""]
     for name, count, value in zip(names, cells, steps):
         table.add_row(name, count, f"{value:.3f}", f"{value / sum(steps):.1%}")
+    return table
+
+
+def bound(transformer: Transformer, options: argparse.Namespace) -> Table:
+    """Seconds of the products with the weights alone, next scale and raster."""
+    grids = SCHEDULE.grids(options.level)
+    positions, pixels = num_codes_of(grids), grids[-1][0] * grids[-1][1]
+    weights = [module.weight for module in transformer.blocks.modules() if isinstance(module, nn.Linear)]
+    weights.append(transformer.head.weight[transformer.vocabulary.code_offset :])
+    seconds: dict[str, float] = {}
+    for count in (options.pictures, 256):
+        inputs = {width: torch.randn(count, width).to(weights[0]) for width in {weight.shape[1] for weight in weights}}
+        for _ in range(max(3, options.repeats)):
+            run = partial(lambda inputs: [linear(inputs[weight.shape[1]], weight) for weight in weights], inputs)
+            _fastest(seconds, str(count), run, options)
+    numbers = sum(weight.numel() for weight in weights)
+    one, many = seconds[str(options.pictures)], seconds["256"] / 256
+    table = _table(transformer, options, f"{positions:,} positions against {pixels:,}; products with the weights alone")
+    for column in ("side", "rate", "seconds", "ratio"):
+        table.add_column(column, justify="right")
+    whole = positions * many * options.pictures
+    table.add_row("next scale", f"{2 * numbers / many / 1e9:.0f} GFLOP/s", f"{whole:.2f}", "1.00")
+    rate = f"{numbers * weights[0].element_size() / one / 1e9:.1f} GB/s"
+    table.add_row("raster", rate, f"{pixels * one:.2f}", f"{pixels * one / whole:.2f}")
     return table
 
 
@@ -296,7 +324,7 @@ def _config(options: argparse.Namespace) -> TransformerConfig:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["raster", "cache", "text", "breakdown"])
+    parser.add_argument("what", choices=["raster", "cache", "text", "breakdown", "bound"])
     parser.add_argument("--level", type=int, default=256, choices=sorted(SCHEDULE.levels), help="256")
     parser.add_argument("--pictures", type=int, default=1, help="pictures (or texts) in the one batch: 1")
     parser.add_argument("--guidance", type=float, default=0.0, help="0 has half the rows")
