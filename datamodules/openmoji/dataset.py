@@ -51,6 +51,11 @@ class OpenMojiConfig:
     """Further kinds of documents, and how many of each for training: edits stories scenes examples reasoning questions text."""
     schedule: ScaleSchedule = OPENMOJI_SCHEDULE
     """As in the training configs, with `size` among its levels: composed scenes have the ratios of its base grids."""
+    alignment: int = 1
+    """Composed scenes place drawings at multiples of this many pixels, and in such sizes (a power of two). With the stride of
+    the image tokenizer a drawing has much the same codes wherever it stands: small models learn it from far fewer pictures."""
+    other_ratios: float = 0.6
+    """Share of composed scenes whose ratio is drawn from those of `schedule`; the others are square."""
     prompt_loss: bool = False
     """Whether what is given in questions, reasoning and examples is trained on too."""
     languages: list[str] = field(default_factory=lambda: ["de", "es", "fr"])
@@ -71,6 +76,10 @@ class OpenMojiConfig:
     def __post_init__(self) -> None:
         if self.kinds and self.size not in self.schedule.levels:
             raise ValueError(f"size: {self.size} is no level of `schedule`, which has {list(self.schedule.levels)}")
+        if self.alignment < 1 or self.alignment & (self.alignment - 1):
+            raise ValueError(f"alignment: {self.alignment} is no power of two")
+        if not 0 <= self.other_ratios <= 1:
+            raise ValueError(f"other_ratios: {self.other_ratios} is no share, 0 to 1")
         for name, given, known in (("kinds", self.kinds, KINDS), ("languages", self.languages, LANGUAGES)):
             unknown = sorted(set(given) - set(known))
             if unknown:
@@ -103,6 +112,8 @@ def make_openmoji(config: OpenMojiConfig) -> dict:
         schedule=config.schedule,
         seed=config.seed,
         languages=tuple(config.languages),
+        alignment=config.alignment,
+        other_ratios=config.other_ratios,
     )
     kinds = list(
         write_kinds(

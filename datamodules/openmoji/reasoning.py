@@ -118,7 +118,9 @@ def _sum(world: World, things: list[Thing], draw: random.Random) -> Task | None:
     first = draw.randint(1, total - 1)
     many, rest = plural(thing.noun), total - first
     a, b, c = NUMBERS[first], NUMBERS[rest], NUMBERS[total]
-    scene = placed_scene("count", (Group(thing=thing, count=total, place=""),), "white", _square(world), draw)
+    scene = placed_scene(
+        "count", (Group(thing=thing, count=total, place=""),), "white", _square(world), draw, world.alignment
+    )
     if draw.random() < 0.7:
         request, thought = f"[Draw|Show me|I want] {a} plus {b} {many}.", f"{a} plus {b} is {c}"
     else:
@@ -167,7 +169,7 @@ def _sides(world: World, things: list[Thing], draw: random.Random) -> Task | Non
     first, second = draw.sample(things, 2)
     sides = draw.choice([("left", "right"), ("top", "bottom")])
     groups = (Group(thing=first, count=1, place=sides[0]), Group(thing=second, count=1, place=sides[1]))
-    scene = placed_scene("pair", groups, "white", _square(world), draw)
+    scene = placed_scene("pair", groups, "white", _square(world), draw, world.alignment)
     a, b = with_article(first.noun), with_article(second.noun)
     on = "on the" if sides[0] == "left" else "at the"
     told = draw.choice([(second.noun, sides[1], first.noun, sides[0]), (first.noun, sides[0], second.noun, sides[1])])

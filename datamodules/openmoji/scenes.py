@@ -111,7 +111,7 @@ def sampled_scenes(world: World, split: str, kind: str) -> Iterator[tuple[Scene 
         return
     for draw in world.draws(kind, split):
         (layout,) = draw.choices(list(LAYOUTS), list(LAYOUTS.values()))
-        base_grid = draw.choice(world.schedule.base_grids) if draw.random() < 0.6 else (1, 1)
+        base_grid = draw.choice(world.schedule.base_grids) if draw.random() < world.other_ratios else (1, 1)
         for _ in range(200):  # the layout stays: one with many things would else hardly ever pass for training
             first = draw.choice(new) if split == "validation" else None
             scene = sample_scene(world, layout, base_grid, trained, draw, first)
@@ -162,16 +162,16 @@ def sample_scene(
     chosen = _choose(things, len(places), draw, first)
     groups = tuple(Group(thing=thing, count=count, place=place) for thing, count, place in zip(chosen, counts, places))
     background = draw.choice(list(BACKGROUNDS)) if draw.random() < 0.5 else "white"
-    return placed_scene(layout, groups, background, size, draw)
+    return placed_scene(layout, groups, background, size, draw, world.alignment)
 
 
 def placed_scene(
-    layout: str, groups: tuple[Group, ...], background: str, size: tuple[int, int], draw: random.Random
+    layout: str, groups: tuple[Group, ...], background: str, size: tuple[int, int], draw: random.Random, alignment: int
 ) -> Scene:
-    """A scene whose objects are placed where their groups belong."""
+    """A scene whose objects are placed where their groups belong, at multiples of `alignment` pixels."""
     objects: list[Placed] = []
     for group in groups:
-        boxes = _boxes(_pixels(_area(group.place), size), group.count, draw)
+        boxes = _boxes(_pixels(_area(group.place), size), group.count, draw, alignment)
         objects += [Placed(group.thing.drawing.hexcode, box) for box in boxes]
     return Scene(layout=layout, groups=groups, background=background, size=size, objects=tuple(objects))
 
@@ -209,22 +209,45 @@ def _pixels(area: Area, size: tuple[int, int]) -> tuple[int, int, int, int]:
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 
-def _boxes(area: tuple[int, int, int, int], count: int, draw: random.Random) -> list[tuple[int, int, int, int]]:
-    """Squares of one size in the cells of a grid, each somewhere in its cell; they never touch."""
+def _boxes(
+    area: tuple[int, int, int, int], count: int, draw: random.Random, alignment: int
+) -> list[tuple[int, int, int, int]]:
+    """Squares of one size in the cells of a grid, each somewhere in its cell; they never overlap."""
     left, top, right, bottom = area
     height, width = bottom - top, right - left
     num_rows = max(range(1, count + 1), key=lambda rows: min(height / rows, width / -(-count // rows)))
     num_columns = -(-count // num_rows)
     cell_height, cell_width = height / num_rows, width / num_columns
-    side = max(1, int(min(cell_height, cell_width) * draw.uniform(0.8, 0.97)))
+    cell = min(cell_height, cell_width)
+    step = _step(cell, alignment)
+    side = max(1, int(cell * draw.uniform(0.8, 0.97))) if step == 1 else int(cell // step) * step
     boxes = []
     for index in range(count):
         row, column = divmod(index, num_columns)
         missing = num_columns - min(num_columns, count - row * num_columns)
-        x = left + int(cell_width * (column + missing / 2) + draw.uniform(0, cell_width - side))
-        y = top + int(cell_height * row + draw.uniform(0, cell_height - side))
+        x = _place(left + cell_width * (column + missing / 2), cell_width - side, step, draw)
+        y = _place(top + cell_height * row, cell_height - side, step, draw)
         boxes.append((x, y, x + side, y + side))
     return boxes
+
+
+def _step(cell: float, alignment: int) -> int:
+    """Of `alignment`, its half, its quarter, ...: the first whose multiples fill 0.8 of a cell.
+
+    With 8: 8 for a cell of 32 px, whose drawing has 32, and 4 for a cell of 21.3 px, whose drawing has 20.
+    """
+    step = alignment
+    while step > 1 and cell // step * step < 0.8 * cell:
+        step //= 2
+    return step
+
+
+def _place(start: float, room: float, step: int, draw: random.Random) -> int:
+    """Where a square begins that has some room in its cell."""
+    if step == 1:
+        return int(start + draw.uniform(0, room))
+    first, last = -int(-start // step), int((start + room) // step)
+    return step * (draw.randint(first, last) if first <= last else last)
 
 
 def _combinations(scene: Scene) -> Iterator[tuple[object, ...]]:

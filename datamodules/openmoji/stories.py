@@ -156,7 +156,7 @@ def _counting_story(world: World, split: str, draw: random.Random) -> MojiDocume
         if draw.random() < 0.3:
             numbers.reverse()
         told = [
-            placed_scene("count", (Group(thing=thing, count=number, place=""),), "white", size, draw)
+            placed_scene("count", (Group(thing=thing, count=number, place=""),), "white", size, draw, world.alignment)
             for number in numbers
         ]
         if SPLITS[max(SPLITS.index(split_of_scene(scene)) for scene in told)] != split:

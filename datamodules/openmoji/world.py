@@ -38,6 +38,10 @@ class World:
     seed: int = 0
     languages: tuple[str, ...] = ()
     """Codes of languages, of those of the package `emoji`."""
+    alignment: int = 1
+    """Composed scenes place drawings at multiples of this many pixels."""
+    other_ratios: float = 0.6
+    """Share of composed scenes whose ratio is drawn from those of `schedule`; the others are square."""
 
     @cached_property
     def by_points(self) -> dict[tuple[int, ...], Drawing]:

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -119,3 +120,19 @@ def test_ratios_are_those_of_the_schedule(world, documents):
     sizes = {tuple(document.metadata["size"]) for document in documents["train"]}
     possible = {world.schedule.pixels(64, height / width) for height, width in world.schedule.base_grids}
     assert sizes <= possible and len(sizes) > 5 and (64, 64) in sizes
+
+
+def test_aligned_drawings_stand_at_multiples_and_never_overlap(world):
+    """With the stride of an image tokenizer the same drawing gives much the same codes wherever it stands."""
+    aligned = replace(world, alignment=8, other_ratios=0.0)
+    sides = Counter()
+    for scene, _ in islice(sampled_scenes(aligned, "train", "scenes"), 120):
+        assert scene is not None and scene.size == (64, 64)
+        taken = np.zeros(scene.size, dtype=bool)
+        for _, (left, top, right, bottom) in scene.objects:
+            step = 4 if right - left == 20 else 8
+            assert not any(value % step for value in (left, top, right, bottom))
+            assert not taken[top:bottom, left:right].any()
+            taken[top:bottom, left:right] = True
+            sides[right - left] += 1
+    assert set(sides) == {64, 32, 20, 16}
