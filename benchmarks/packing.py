@@ -1,6 +1,6 @@
 """Useful tokens per second of the three packing strategies, and how long ranks wait for each other.
 
-    python benchmarks/packing.py [--batches 8] [--shrink 8] [--documents 16] [--simulated 4000]
+    python benchmarks/packing.py [--batches 8] [--shrink 8] [--documents 16] [--simulated 4000] [--seed 1] [--output FOLDER]
 
 Documents are those of the 512 stage (paper, table 2): 700 texts to 345 pairs of a caption and an image of level 512. The paper
 does not say how long texts are; its 1.8T tokens leave some 390 ids to a text when the images of all documents are taken off
@@ -14,12 +14,17 @@ attention's share of the work is about what it is in a 7B at full length. `padde
 
 Idle share: 1 - mean / max over ranks of the work of a batch, by the FLOPs model of the 7B at full length.
 
+`--output` keeps the figures of each strategy in OUTPUT/STRATEGY/seed_SEED/metrics.json: useful tokens per second of one device,
+and of each of RANKS, idle time taken off.
+
 Claim (paper, table 3, 1,024 devices): fixed_length 3.4 times padded, fixed_budget 4.1 times.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -132,6 +137,8 @@ def main() -> None:
     parser.add_argument("--shrink", type=float, default=8, help="divides all lengths of the measured part")
     parser.add_argument("--documents", type=int, default=16, help="documents of a padded batch")
     parser.add_argument("--simulated", type=int, default=4000, help="simulated batches of each strategy")
+    parser.add_argument("--seed", type=int, default=1, help="of the documents")
+    parser.add_argument("--output", type=Path, help="folder for the figures")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -146,7 +153,7 @@ def main() -> None:
     plain = {"7B": (512, FULL, 1.0, SEVEN_B), "small": (level, schedule, options.shrink, small)}
     capacity = {}
     for name, (level_, schedule_, shrink, flops) in plain.items():
-        mean, work, attention = sizes_of(documents(1, schedule_, level_, shrink), flops, 4000)
+        mean, work, attention = sizes_of(documents(3 * options.seed - 2, schedule_, level_, shrink), flops, 4000)
         capacity[name] = {"tokens": round(options.documents * mean), "budget": options.documents * work}
         print(f"{name:<6} a document has {mean:,.0f} positions on average; attention is {attention:.0%} of the work")
 
@@ -155,15 +162,24 @@ def main() -> None:
         return batches(strategy, documents(seed, schedule_, level_, shrink), flops, options.documents, **capacity[name])
 
     measured = measure(
-        model, lambda strategy: stream_of(strategy, "small", 2), options.batches, capacity["small"]["tokens"]
+        model,
+        lambda strategy: stream_of(strategy, "small", 3 * options.seed - 1),
+        options.batches,
+        capacity["small"]["tokens"],
     )
     idle = {}
     for strategy in STRATEGIES:
-        stream = stream_of(strategy, "7B", 3)
+        stream = stream_of(strategy, "7B", 3 * options.seed)
         length = capacity["7B"]["tokens"] if strategy == "fixed_length" else None
         work = np.array([work_of(next(stream), SEVEN_B, length) for _ in range(options.simulated)])
         idle[strategy] = {ranks: idle_share(work, ranks) for ranks in RANKS}
     show(measured, idle)
+    if options.output is not None:
+        for strategy, (rate, share) in measured.items():
+            path = options.output / strategy / f"seed_{options.seed}" / "metrics.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            busy = {f"tokens_per_second/{ranks}": rate * (1 - idle[strategy][ranks]) for ranks in RANKS}
+            path.write_text(json.dumps({"tokens_per_second": rate, "useful_positions": share, **busy}, indent=1) + "\n")
 
 
 def measure(
