@@ -120,6 +120,8 @@ class RawImage:
     pixels_CHW: Tensor
     """uint8 [3, H, W], already at the pixels of its grids."""
     grids: tuple[Grid, ...]
+    aspect_ratio: float
+    """Height / width of its base grid, which says more than its pixels: these are rounded to whole cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +142,18 @@ class Prompt:
     task: Literal["image", "text", "reasoning", "interleaved"] = "image"
     """What to generate: a picture, a text, or a text and then a picture."""
     split: str = "prompts"
+    kind: str = ""
+    """Name of these prompts, where several kinds are answered in turn (`SuiteDataModule`)."""
     metadata: dict[str, Any] = field(default_factory=dict)
     """The sample's metadata, for rewards and benchmarks."""
-    reference: Tensor | None = None
-    """uint8 [3, H, W], the picture that the document ends with, where it is one of pixels: the known result of an edit."""
+    answer: tuple[str | RawImage, ...] = ()
+    """What its document answers with: texts, and pictures where it is one of pixels."""
+
+    @property
+    def reference(self) -> Tensor | None:
+        """uint8 [3, H, W] that one picture is compared with, such as the known result of an edit."""
+        pictures = [part.pixels_CHW for part in self.answer if isinstance(part, RawImage)]
+        return pictures[-1] if pictures and self.task in ("image", "reasoning") else None
 
 
 @dataclass(frozen=True, kw_only=True)

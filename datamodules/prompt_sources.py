@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nextflow.datamodules.images import caption_of, image_names
+from nextflow.datamodules.images import caption_of
 from nextflow.sequence.shards import Shard
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class PromptSource:
     shard: Shard | None = None
     parts: tuple[dict[str, Any], ...] = ()
     """Segments of the sample's record that the model is shown; without them it is shown `item`."""
-    reference: str | None = None
-    """File of the known result."""
+    answer: tuple[dict[str, Any], ...] = ()
+    """Segments that the document answers with; without its pictures where the shard holds codes."""
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -81,34 +81,41 @@ def not_too_long(sources: Sequence[PromptSource], encode: Callable[[str], list[i
 
 
 def source_of_sample(index: int, shard: Shard, key: str, split: str, task: Task) -> PromptSource:
+    """The prompt that a sample makes for a task (`PromptDataModule` says which of its segments are shown), and its answer."""
     record = shard.record(key)
-    segments, images = record["segments"], image_names(record)
+    segments: list[dict[str, Any]] = record["segments"]
     where = f"{shard.path}, key {key}"
-    reference = None
+    pictures = [place for place, segment in enumerate(segments) if "image" in segment]
+    given = [place for place, segment in enumerate(segments) if not segment.get("loss", True)]
     if task == "text":
-        parts = [{"image": images[0]}]
+        shown = given if set(given) & set(pictures) else pictures[:1]
     elif task == "reasoning":
-        parts = [segment for segment in segments if not segment.get("loss", True)]
-        if not parts:
+        shown = given
+        if not shown:
             raise ValueError(f"{where}: task reasoning needs segments without loss in front; this document has none")
     elif task == "interleaved":
-        first = min((place for place, segment in enumerate(segments) if "image" in segment), default=len(segments))
-        parts = segments[:first]
+        shown = list(range(min(pictures, default=len(segments))))
     else:
-        last = max((place for place, segment in enumerate(segments) if "image" in segment), default=len(segments))
         # A caption may stand behind its picture.
-        parts = segments[:last] or [segment for segment in segments if "text" in segment]
-    if task in ("image", "reasoning") and images and shard.header.kind == "documents":
-        reference = images[-1]
-    shown = caption_of(record if task == "text" else {"segments": parts})
+        shown = list(range(max(pictures, default=len(segments)))) or [
+            place for place, segment in enumerate(segments) if "text" in segment
+        ]
+    # A text is answered without pictures, and those of codes cannot be shown.
+    kinds = ("text",) if task == "text" or shard.header.kind != "documents" else ("text", "image")
+    parts = [segments[place] for place in shown]
+    answer = [
+        segment
+        for place, segment in enumerate(segments)
+        if place not in shown and any(kind in segment for kind in kinds)
+    ]
     return PromptSource(
         index=index,
-        item=PromptItem(prompt=shown),
+        item=PromptItem(prompt=caption_of({"segments": answer if task == "text" else parts})),
         where=where,
         key=key,
         split=split,
         shard=shard,
         parts=tuple(parts),
-        reference=reference,
+        answer=tuple(answer),
         metadata=record.get("metadata", {}),
     )

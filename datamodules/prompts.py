@@ -48,6 +48,7 @@ class PromptDataModule(L.LightningDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        kind: str = "",
     ):
         """
         Args:
@@ -57,8 +58,8 @@ class PromptDataModule(L.LightningDataModule):
             prompt_file: text file with one prompt a line.
             shards: split -> glob pattern of shards whose documents are the prompts. Task image: what stands in front of their
                 last image, a caption, or sources and instruction of an edit; that image is the known result. Task text: their
-                first image. Task reasoning: their segments without loss. Task interleaved: what is in front of their
-                first image.
+                segments without loss, a picture and a question, or their first image where there are none. Task reasoning:
+                their segments without loss. Task interleaved: what is in front of their first image.
             splits: splits to take outside of `fit`; all of `shards` if not given.
             per_split: how many of each split, drawn with `seed`, outside of `fit`; all if not given.
             train_split: split of `shards` that `fit` takes.
@@ -70,6 +71,7 @@ class PromptDataModule(L.LightningDataModule):
             batch_size: prompts that are generated together.
             num_workers: loader processes.
             seed: prompt number i is sampled with seed + i, unless it names its own.
+            kind: name of these prompts, where there are several kinds (`SuiteDataModule`).
         """
         super().__init__()
         given = [
@@ -90,6 +92,7 @@ class PromptDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.kind = kind
         self.prompts = prompts
         self.prompt_file = prompt_file
         self.shards = dict(shards or {})
@@ -143,18 +146,21 @@ class PromptDataModule(L.LightningDataModule):
         ids = [] if source.parts else self.text_tokenizer.encode(item.prompt)
         if ids:
             segments.append(TextSegment(ids=ids))
-        images = [segment.pixels_CHW for segment in segments if isinstance(segment, RawImage)]
+        images = [segment for segment in segments if isinstance(segment, RawImage)]
         if self.task == "text" and not images:
             raise ValueError(
                 f"{source.where}: task text needs an image; give `image`, or document shards in data.shards"
             )
-        reference = None
-        if source.reference is not None:
-            reference = self._image(source.read_image(source.reference), level, source, source.reference).pixels_CHW
+        answer = tuple(
+            part["text"]
+            if "text" in part
+            else self._image(source.read_image(part["image"]), level, source, part["image"])
+            for part in source.answer
+        )
         ratio = item.aspect_ratio or self.aspect_ratio
         if ratio is None or self.task == "text":
-            known = [image for image in (reference, *images) if image is not None]
-            ratio = known[0].shape[1] / known[0].shape[2] if known else 1.0
+            known = [*(part for part in answer if isinstance(part, RawImage)), *images]
+            ratio = known[0].aspect_ratio if known else 1.0
         height, width = self.schedule.base_grid(ratio)
         return Prompt(
             index=source.index,
@@ -166,18 +172,23 @@ class PromptDataModule(L.LightningDataModule):
             key=source.key or str(source.index),
             task=self.task,
             split=source.split,
+            kind=self.kind,
             metadata=source.metadata,
-            reference=reference,
+            answer=answer,
         )
 
     def _image(self, data: bytes, level: int, source: PromptSource, name: str) -> RawImage:
         try:
             image = decode_image(data)
-            grids = self.schedule.grids(level, image.height / image.width)
+            height, width = self.schedule.base_grid(image.height / image.width)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"{source.where}: {name} cannot be used: {error}") from error
-        pixels_CHW = fit_image(image, self.schedule.pixels(level, image.height / image.width))
-        return RawImage(pixels_CHW=pixels_CHW, grids=grids)
+        ratio = height / width
+        return RawImage(
+            pixels_CHW=fit_image(image, self.schedule.pixels(level, ratio)),
+            grids=self.schedule.grids(level, ratio),
+            aspect_ratio=ratio,
+        )
 
     # Exact resume
 

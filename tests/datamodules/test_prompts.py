@@ -1,11 +1,14 @@
+from io import BytesIO
 from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 
 from nextflow.datamodules.batches import RawImage
 from nextflow.datamodules.prompts import PromptDataModule, PromptItem
 from nextflow.sequence.documents import TextSegment
+from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import ShardHeader, ShardWriter, open_shard
 
 
@@ -159,3 +162,36 @@ def test_prompts_that_are_too_long_are_refused_or_left_out(shapes, tmp_path, cap
     assert max(len(segment.ids) for prompt in batch.prompts for segment in prompt.segments) <= limit
     with pytest.raises(ValueError, match=r"have more text ids than data\.max_prompt_length = 1"):
         make(shapes, shapes.documents, max_prompt_length=1).predict_dataloader()
+
+
+def test_a_question_is_asked_by_segments_without_loss_and_known_by_the_others(shapes, tmp_path):
+    given = [{"image": "0.png", "loss": False}, {"text": "what is it?", "loss": False}]
+    picture = open_shard(shapes.root / "train/000000.tar")
+    with ShardWriter(tmp_path / "train", header=ShardHeader(kind="documents")) as writer:
+        files = {"0.png": picture.read(picture.keys[1], "0.png")}
+        writer.write("a", {"segments": [*given, {"text": " a shape"}]}, files)
+        writer.write("b", {"segments": [{"text": "first"}, {"image": "0.png"}, {"text": "then"}]}, files)
+    shards = {"train": f"{tmp_path}/train/*.tar"}
+    question, story = sorted(prompts_of(make(shapes, shards, task="text")), key=lambda prompt: prompt.key)
+    assert [type(segment) for segment in question.segments] == [RawImage, TextSegment]
+    assert question.answer == (" a shape",) and question.text == " a shape"
+    assert [type(segment) for segment in story.segments] == [RawImage] and story.answer == ("first", "then")
+    *_, story = sorted(prompts_of(make(shapes, shards, task="interleaved")), key=lambda prompt: prompt.key)
+    picture, text = story.answer
+    assert story.text == "first" and picture.pixels_CHW.shape[0] == 3 and text == "then" and story.reference is None
+
+
+def test_a_picture_of_an_odd_ratio_is_answered_with_the_grids_of_its_document(tmp_path, shapes):
+    """11 cells to 6 are the pixels of ratio 2: whoever took the ratio from them would draw on 10 to 6."""
+    schedule = ScaleSchedule(sides=(1, 2, 3, 4, 5, 6, 7, 8), levels={64: 8}, stride=8)
+    file = BytesIO()
+    Image.new("RGB", (44, 88)).save(file, "PNG")
+    with ShardWriter(tmp_path / "train", header=ShardHeader(kind="documents")) as writer:
+        writer.write("a", {"segments": [{"text": "a tall one"}, {"image": "0.png"}]}, {"0.png": file.getvalue()})
+    data = PromptDataModule(
+        text_tokenizer=shapes.text_tokenizer, schedule=schedule, level=64, shards={"train": f"{tmp_path}/train/*.tar"}
+    )
+    (prompt,) = prompts_of(data)
+    (picture,) = prompt.answer
+    assert picture.pixels_CHW.shape == (3, 88, 48) and picture.grids[-1] == (11, 6)
+    assert schedule.grids(64, prompt.aspect_ratio) == picture.grids != schedule.grids(64, 88 / 48)

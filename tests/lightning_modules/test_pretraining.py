@@ -294,7 +294,7 @@ def test_predict_answers_prompts_in_order(folder):
     """An image behind a text, an image behind an image and a text, a text behind an image: pixels of prompts are encoded."""
     module = make(folder, guidance=1.0, max_text_tokens=3)
     grids = SCHEDULE.grids(16)
-    picture = RawImage(pixels_CHW=torch.zeros(3, 16, 16, dtype=torch.uint8), grids=grids)
+    picture = RawImage(pixels_CHW=torch.zeros(3, 16, 16, dtype=torch.uint8), grids=grids, aspect_ratio=1.0)
     text = TextSegment(ids=module.text_tokenizer.encode("a red dog"))
     prompts = tuple(
         Prompt(index=index, segments=segments, text="a red dog", level=32, aspect_ratio=ratio, seed=index, task=task)
