@@ -24,18 +24,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_SHARE = 0.01
+from nextflow.rewards.templates import Templates, load_drawing
+
+MIN_SHARE = 0.002
 """Finds that explain less than this share of what the largest one does are noise."""
 
+LIKELY_PIXELS = 2**17
+"""Of the drawings that are compared at all places near a find: 32 drawings of 64 pixels, but all of 20, which look alike."""
+NUM_STARTS, MOST_STARTS = 4, 16
+"""Drawings of the small copy from which a find is looked for at full size; the more where none of the first few fits at all."""
+COARSE_FIT = 0.2
+"""Least fit in the small copy, where thin lines blur."""
+GOOD_FIT = 0.95
+"""A find that fits so well needs no other start."""
+MOST_OVERLAP = 0.15
+"""Of the smaller of two finds. Drawings have a margin, so boxes of neighbours may touch."""
+MAX_MOVES = 6
+"""How often a find moves to a better place near by."""
 MAX_KEPT_SIDE = 64
 """Drawings are kept resized up to this side: for 250 drawings at most 16 MB a side, 350 MB if every side comes up."""
-
-NUM_LIKELY = 32
-"""How many drawings of the small copy are compared again at full size."""
 
 
 class Found(NamedTuple):
@@ -84,8 +94,8 @@ class SceneReader:
         self.facts: dict[str, dict[str, str]] = json.loads(facts.read_text())
         self.hexcodes = list(self.facts)
         self.side, self.min_fit, self.max_found = side, min_fit, max_found
-        self._drawings_D4ss = torch.stack([_load(Path(folder) / f"{hexcode}.png") for hexcode in self.hexcodes])
-        self._templates: dict[int, _Templates] = {}
+        self._drawings_D4ss = torch.stack([load_drawing(Path(folder) / f"{hexcode}.png") for hexcode in self.hexcodes])
+        self._templates: dict[int, Templates] = {}
         self._last: tuple[Sequence[Tensor] | None, list[SceneReading]] = (None, [])
 
     def read(self, images: Sequence[Tensor]) -> list[SceneReading]:
@@ -119,20 +129,22 @@ class SceneReader:
         for b, background_3 in enumerate(background_B3):
             coarse = self._choose([find.of(b) for find in finds], size)
             scale = (height / size[0], width / size[1])
-            found = tuple(
-                self._refine(x_B3HW[b], background_3, box, scale, self._likely(x_B3hw[b], background_3, box))
-                for box in coarse
-            )
-            readings.append(SceneReading(found, tuple(background_3.tolist())))
+            found: list[Found] = []
+            for starts in coarse:
+                find = self._refine(x_B3HW[b], background_3, starts, scale)
+                is_part = any(_overlap(find, other) > MOST_OVERLAP for other in found)
+                if find.fit >= self.min_fit and not is_part:
+                    found.append(find)
+            readings.append(SceneReading(tuple(found), tuple(background_3.tolist())))
         return readings
 
-    def _try_side(self, x_B3hw: Tensor, background_B3: Tensor, side: int, templates: _Templates) -> _Finds:
+    def _try_side(self, x_B3hw: Tensor, background_B3: Tensor, side: int, templates: Templates) -> _Finds:
         """The best drawing of one size at each place."""
         gain_BPD, energy_BP = self._gains(x_B3hw, background_B3, side, templates)
         best = gain_BPD.max(dim=2)
         return _Finds(side, best.values.numpy(), best.indices.numpy(), energy_BP.numpy())
 
-    def _gains(self, x_B3hw: Tensor, background_B3: Tensor, side: int, templates: _Templates) -> tuple[Tensor, Tensor]:
+    def _gains(self, x_B3hw: Tensor, background_B3: Tensor, side: int, templates: Templates) -> tuple[Tensor, Tensor]:
         """Gain [B, P, D] of each drawing at each place, and |Q|^2 [B, P] there."""
         q_B3hw = x_B3hw - background_B3[:, :, None, None]
         # <Q, alpha (D - b)> = <Q, alpha D> - <b Q, alpha>: the background is one channel more, not one set of templates more.
@@ -145,71 +157,99 @@ class SceneReader:
         return gain_BPD, energy_BP
 
     def _likely(self, x_3hw: Tensor, background_3: Tensor, box: _Box) -> Tensor:
-        """The drawings that explain a box of the small copy best."""
+        """The drawings that explain a box best."""
         patch_13ss = x_3hw[None, :, box.top : box.top + box.side, box.left : box.left + box.side]
-        gain_11D, _ = self._gains(patch_13ss, background_3[None], box.side, self._templates_of(box.side))
-        return gain_11D.flatten().topk(min(NUM_LIKELY, len(self.hexcodes))).indices
+        side = min(box.side, MAX_KEPT_SIDE)
+        if side < box.side:
+            patch_13ss = F.interpolate(patch_13ss, size=(side, side), mode="bilinear", antialias=True)
+        gain_11D, _ = self._gains(patch_13ss, background_3[None], side, self._templates_of(side))
+        return gain_11D.flatten().topk(min(max(1, LIKELY_PIXELS // box.side**2), len(self.hexcodes))).indices
 
-    def _choose(self, finds: list[_Finds], size: tuple[int, int]) -> list[_Box]:
-        """Where drawings stand, best first."""
+    def _choose(self, finds: list[_Finds], size: tuple[int, int]) -> list[list[_Box]]:
+        """Where drawings stand, best first; for each the best boxes there of a few drawings, best first."""
         _, width = size
         gain = np.concatenate([find.gain for find in finds])
         fit = gain / np.maximum(np.concatenate([find.energy for find in finds]), 1e-6)
-        # Between a drawing and a larger one that explains more but badly, such as a cow in place of four circles.
-        worth = gain * fit
+        # Between a drawing and a larger one that explains more but badly, such as a bed in place of two squares.
+        worth = gain * fit**2
+        drawing = np.concatenate([find.drawing for find in finds])
         side = np.concatenate([np.full(len(find.gain), find.side) for find in finds])
         place = np.concatenate([np.arange(len(find.gain)) for find in finds])
         top, left = np.divmod(place, width - side + 1)
         bottom, right = top + side, left + side
-        free = (fit >= self.min_fit) & (gain > 0)
-        boxes: list[_Box] = []
+        free = (fit >= COARSE_FIT) & (gain > 0)
+        boxes: list[list[_Box]] = []
         largest = 0.0
         while free.any() and len(boxes) < self.max_found:
             best = int(np.where(free, worth, -np.inf).argmax())
             if gain[best] < MIN_SHARE * largest:
                 break
             largest = max(largest, gain[best])
-            boxes.append(_Box(int(left[best]), int(top[best]), int(side[best])))
             across = np.minimum(right, right[best]) - np.maximum(left, left[best])
             down = np.minimum(bottom, bottom[best]) - np.maximum(top, top[best])
             overlap = np.maximum(across, 0) * np.maximum(down, 0)
-            # Drawings have a margin, so boxes of neighbours may touch.
-            free &= overlap <= 0.15 * np.minimum(side, side[best]) ** 2
+            apart = overlap <= MOST_OVERLAP * np.minimum(side, side[best]) ** 2
+            here = np.flatnonzero(free & ~apart)
+            here = here[np.argsort(-worth[here], kind="stable")]
+            starts = here[np.sort(np.unique(drawing[here], return_index=True)[1])[:MOST_STARTS]]
+            boxes.append([_Box(int(left[one]), int(top[one]), int(side[one])) for one in starts])
+            free &= apart
         return boxes
 
-    def _refine(
-        self, x_3HW: Tensor, background_3: Tensor, box: _Box, scale: tuple[float, float], likely: Tensor
-    ) -> Found:
-        """The best of the likely drawings at full size, within a pixel of the small copy."""
+    def _refine(self, x_3HW: Tensor, background_3: Tensor, starts: list[_Box], scale: tuple[float, float]) -> Found:
+        """The best drawing near boxes of the small copy, at full size; later ones are tried where the first fit badly."""
         height, width = x_3HW.shape[1:]
-        reach = max(1, round(max(scale)))
-        middle = round(box.side * sum(scale) / 2)
-        best: tuple[float, Found] | None = None
-        for side in range(max(4, middle - reach), min(middle + reach, height, width) + 1):
-            top = min(max(0, round(box.top * scale[0]) - reach), height - side)
-            left = min(max(0, round(box.left * scale[1]) - reach), width - side)
+        found: list[_Candidate] = []
+        for start in starts:
+            if len(found) >= NUM_STARTS and max(found).fit >= self.min_fit:
+                break
+            side = min(max(4, round(start.side * sum(scale) / 2)), height, width)
+            top, left = min(round(start.top * scale[0]), height - side), min(round(start.left * scale[1]), width - side)
+            found.append(self._climb(x_3HW, background_3, _Box(left, top, side), max(1, round(max(scale)))))
+            if found[-1].fit >= GOOD_FIT:
+                break
+        best = max(found)
+        left, top, side = best.box
+        inside = (left / width, top / height, (left + side) / width, (top + side) / height)
+        return Found(self.hexcodes[best.drawing], inside, best.fit)
+
+    def _climb(self, x_3HW: Tensor, background_3: Tensor, start: _Box, reach: int) -> _Candidate:
+        """The best near by, then the best near that one, until it stays."""
+        best = self._nearby(x_3HW, background_3, start, reach)
+        for _ in range(MAX_MOVES):
+            better = self._nearby(x_3HW, background_3, best.box, reach)
+            if better.gain <= best.gain:
+                break
+            best = better
+        return best
+
+    def _nearby(self, x_3HW: Tensor, background_3: Tensor, box: _Box, reach: int) -> _Candidate:
+        """The best of the drawings that are likely in a box, within `reach` of its sides."""
+        height, width = x_3HW.shape[1:]
+        likely = self._likely(x_3HW, background_3, box)
+        candidates = []
+        for side in range(max(4, box.side - reach), min(box.side + reach, height, width) + 1):
+            top = min(max(0, box.top - reach), height - side)
+            left = min(max(0, box.left - reach), width - side)
             window_13hw = x_3HW[None, :, top : top + side + 2 * reach, left : left + side + 2 * reach]
             found = self._try_side(window_13hw, background_3[None], side, self._templates_of(side, likely)).of(0)
             place = int(found.gain.argmax())
             row, column = divmod(place, window_13hw.shape[3] - side + 1)
-            x, y = (left + column) / width, (top + row) / height
-            fit = float(found.gain[place] / max(found.energy[place], 1e-6))
-            candidate = Found(
-                self.hexcodes[likely[found.drawing[place]]], (x, y, x + side / width, y + side / height), fit
+            gain = float(found.gain[place])
+            fit = gain / max(float(found.energy[place]), 1e-6)
+            candidates.append(
+                _Candidate(gain, _Box(left + column, top + row, side), int(likely[found.drawing[place]]), fit)
             )
-            if best is None or found.gain[place] > best[0]:
-                best = float(found.gain[place]), candidate
-        assert best is not None
-        return best[1]
+        return max(candidates)
 
-    def _templates_of(self, side: int, drawings: Tensor | None = None) -> _Templates:
+    def _templates_of(self, side: int, drawings: Tensor | None = None) -> Templates:
         """All drawings, or some, in one size. Resizing is slow, so all are kept in the sizes of small pictures."""
         if drawings is not None and side > MAX_KEPT_SIDE:
-            return _Templates(_resized(self._drawings_D4ss[drawings], side))
+            return Templates.of(self._drawings_D4ss[drawings], side)
         if side not in self._templates:
-            self._templates[side] = _Templates(_resized(self._drawings_D4ss, side))
+            self._templates[side] = Templates.of(self._drawings_D4ss, side)
         kept = self._templates[side]
-        return kept if drawings is None else _Templates(kept.drawing_D4ss[drawings])
+        return kept if drawings is None else kept.only(drawings)
 
 
 @lru_cache(maxsize=4)
@@ -219,11 +259,20 @@ def scene_reader(folder: str, side: int = 32) -> SceneReader:
 
 
 class _Box(NamedTuple):
-    """A square of the small copy, in its pixels."""
+    """A square of a picture or of its small copy, in pixels."""
 
     left: int
     top: int
     side: int
+
+
+class _Candidate(NamedTuple):
+    """A drawing in a box of the picture."""
+
+    gain: float
+    box: _Box
+    drawing: int
+    fit: float
 
 
 class _Finds(NamedTuple):
@@ -236,25 +285,12 @@ class _Finds(NamedTuple):
         return _Finds(self.side, self.gain[index], self.drawing[index], self.energy[index])
 
 
-class _Templates:
-    """Drawings in one size, premultiplied: alpha * D, and alpha."""
-
-    def __init__(self, drawing_D4ss: Tensor) -> None:
-        self.drawing_D4ss = drawing_D4ss
-        self.weight_DX = drawing_D4ss.flatten(1)
-        colour_D3N, alpha_D1N = drawing_D4ss[:, :3].flatten(2), drawing_D4ss[:, 3:].flatten(2)
-        self._colour_D = colour_D3N.square().sum(dim=(1, 2))
-        self._cross_D3 = (colour_D3N * alpha_D1N).sum(dim=2)
-        self._alpha_D = alpha_D1N.square().sum(dim=(1, 2))
-
-    def norm_of(self, background_B3: Tensor) -> Tensor:
-        """|alpha (D - b)|^2, [B, D]."""
-        squared_B1 = background_B3.square().sum(dim=1, keepdim=True)
-        return self._colour_D - 2 * background_B3 @ self._cross_D3.T + squared_B1 * self._alpha_D
-
-
-def _resized(drawings_D4SS: Tensor, side: int) -> Tensor:
-    return F.interpolate(drawings_D4SS, size=(side, side), mode="bilinear", antialias=True)
+def _overlap(first: Found, second: Found) -> float:
+    """Of two boxes, as a share of the smaller."""
+    (left, top, right, bottom), (left2, top2, right2, bottom2) = first.box, second.box
+    across, down = min(right, right2) - max(left, left2), min(bottom, bottom2) - max(top, top2)
+    smaller = min((right - left) * (bottom - top), (right2 - left2) * (bottom2 - top2))
+    return max(across, 0.0) * max(down, 0.0) / smaller
 
 
 def _sides(largest: int) -> list[int]:
@@ -265,11 +301,3 @@ def _sides(largest: int) -> list[int]:
         sides.add(round(side))
         side /= 1.1
     return sorted(sides)
-
-
-def _load(path: Path) -> Tensor:
-    """[4, s, s]: colour times alpha (0 to 255), and alpha (0 to 1)."""
-    with Image.open(path) as image:
-        rgba_4ss = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float()
-    alpha_1ss = rgba_4ss[3:] / 255
-    return torch.cat([rgba_4ss[:3] * alpha_1ss, alpha_1ss])
