@@ -21,7 +21,7 @@ class CaptionScores(NamedTuple):
 
 def score_captions(captions: Sequence[str], references: Sequence[str]) -> CaptionScores:
     """Compare captions with references of the same order."""
-    pairs = [(_words(caption), _words(reference)) for caption, reference in zip(captions, references)]
+    pairs = [(words_of(caption), words_of(reference)) for caption, reference in zip(captions, references)]
     exact = wilson(sum(caption == reference for caption, reference in pairs), len(pairs))
     f1 = sum(token_f1(*pair) for pair in pairs) / len(pairs) if pairs else float("nan")
     return CaptionScores(exact, f1)
@@ -35,5 +35,6 @@ def token_f1(caption: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * shared / (len(caption) + len(reference))
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())

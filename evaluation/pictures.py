@@ -20,6 +20,8 @@ class Cell(NamedTuple):
     pixels_HWC: np.ndarray | None
     """uint8; None leaves room for the text alone."""
     caption: str = ""
+    is_right: bool | None = None
+    """Draws a frame and a mark: a green tick, a red cross; None draws neither."""
 
 
 def draw_sheet(
@@ -49,10 +51,22 @@ def draw_sheet(
             if cell.pixels_HWC is not None:
                 picture = _fit(cell.pixels_HWC, side)
                 sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+                if cell.is_right is not None:
+                    _mark(draw, x, y, side, cell.is_right)
                 y += side + 2
             lines = _wrap(cell.caption, side, font)[: caption_lines if cell.pixels_HWC is not None else None]
             draw.multiline_text((x, y), "\n".join(lines), fill="black", font=font, spacing=2)
     return sheet
+
+
+def _mark(draw: ImageDraw.ImageDraw, x: int, y: int, side: int, is_right: bool) -> None:
+    colour = "#1a9641" if is_right else "#d7191c"
+    draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=colour, width=3)
+    left, top = x + side - 16, y
+    draw.rectangle((left, top, left + 15, top + 15), fill=colour)
+    strokes = ((3, 8, 6, 12), (6, 12, 12, 3)) if is_right else ((3, 3, 12, 12), (3, 12, 12, 3))
+    for x0, y0, x1, y1 in strokes:
+        draw.line((left + x0, top + y0, left + x1, top + y1), fill="white", width=2)
 
 
 def _fit(pixels_HWC: np.ndarray, side: int) -> Image.Image:

@@ -1,0 +1,288 @@
+"""Judges of the OpenMoji suite: each looks at one kind of prompt, made of OpenMoji's documents, whose metadata know the truth.
+
+Composed scenes are read back with the very drawings and compared with what was asked for, in the manner of GenEval
+(arXiv 2310.11513). A picture of one drawing shows that drawing of all which is nearest (`gallery.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nextflow.evaluation.captions import token_f1, words_of
+from nextflow.evaluation.gallery import Gallery
+from nextflow.evaluation.suite import Answered, Judge, Measure, Verdict, pictures_of, text_of
+
+CATEGORIES = (
+    "single object", "two objects", "counting", "colours", "position", "attribute binding", "background",
+    "retrieval at rank 1", "retrieval at rank 5", "editing", "editing, changed", "editing, rest kept",
+    "story, first picture", "story consistency", "captioning", "questions", "reconstruction",
+)  # fmt: skip
+"""In the order of the table."""
+BACKGROUND_TOLERANCE = 12.0
+"""Mean difference of a channel, 0 to 255, up to which a background counts as the right one; the nearest two are 15 apart."""
+EDITED_ABOVE = 0.1
+"""Largest difference of a channel, 0 to 1, between source and known result above which a pixel belongs to the edit."""
+MOST_MOVED = 0.05
+"""Mean difference of a channel, 0 to 1, up to which the pixels beside the edit count as kept."""
+
+
+def openmoji_judges(documents: str | Path, reader: Any) -> dict[str, Judge]:
+    """The judges by the kind of prompt they look at.
+
+    Args:
+        documents: folder that `python -m nextflow.datamodules.openmoji` wrote, with stories.
+        reader: finds drawings in pictures: `read(images)` and `facts`, as `nextflow.rewards.scene_reader.SceneReader`.
+    """
+    gallery = Gallery(documents)
+    return {
+        "scenes": SceneJudge(reader),
+        "drawings": DrawingJudge(gallery),
+        "edits": EditJudge(gallery),
+        "stories": StoryJudge(gallery, Path(documents) / "stories", reader),
+        "captions": CaptionJudge(gallery),
+        "questions": judge_questions,
+        "reconstruction": ReconstructionJudge(gallery),
+    }
+
+
+class SceneJudge:
+    """Composed scenes. One picture counts in every category that its scene asks something of."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """single object, two objects, counting, colours, position, attribute binding, background."""
+        readings = self.reader.read([_image(answer.pictures[-1]) for answer in answers])
+        return [
+            [
+                Verdict(category, right, answer.metadata["layout"])
+                for category, right in self._judge(answer.metadata, reading)
+            ]
+            for answer, reading in zip(answers, readings)
+        ]
+
+    def _judge(self, known: Mapping[str, Any], reading: Any) -> list[tuple[str, bool]]:
+        groups, asked = known["groups"], Counter(thing["hexcode"] for thing in known["objects"])
+        number = len(known["objects"])
+        exact = Counter(found.hexcode for found in reading.found) == asked
+        verdicts = []
+        if number == 1:
+            verdicts.append(("single object", exact))
+        if number == len(groups) == 2:
+            verdicts.append(("two objects", exact))
+        if len(groups) == 1 and number > 1:
+            verdicts.append(("counting", exact))
+        if len(groups) == 1 and groups[0]["colour"]:
+            colours = {self.reader.facts[found.hexcode]["colour"] for found in reading.found}
+            verdicts.append(("colours", colours == {groups[0]["colour"]}))
+        if number == len(groups) and all(group["place"] for group in groups):
+            placed = [
+                any(
+                    found.hexcode == group["hexcode"] and is_in(group["place"], *found.centre)
+                    for found in reading.found
+                )
+                for group in groups
+            ]
+            verdicts.append(("position", all(placed)))
+        if len(groups) > 1 and (number > len(groups) or sum(bool(group["colour"]) for group in groups) > 1):
+            verdicts.append(("attribute binding", exact))
+        if known["background"] != "white":
+            error = np.abs(np.subtract(reading.background, known["background_rgb"])).mean()
+            verdicts.append(("background", bool(error <= BACKGROUND_TOLERANCE)))
+        return verdicts
+
+
+def is_in(place: str, x: float, y: float) -> bool:
+    """Whether a point (fractions of width and height) is where a place's name says: left, top right corner, 2 of 3 down."""
+    words = place.split()
+    if "of" in words:
+        index, number = int(words[0]) - 1, int(words[2])
+        return int((x if words[3] == "across" else y) * number) == index
+    sides = {"left": x < 0.5, "right": x > 0.5, "top": y < 0.5, "bottom": y > 0.5}
+    return all(sides[word] for word in words if word in sides)
+
+
+class DrawingJudge:
+    """Pictures of captions: is the picture nearest to the drawing of its caption, among all drawings?"""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """retrieval at rank 1, retrieval at rank 5."""
+        ranks = self.gallery.ranks([answer.pictures[-1] for answer in answers], [answer.key for answer in answers])
+        return [
+            [Verdict(f"retrieval at rank {limit}", rank <= limit, answer.metadata["group"]) for limit in (1, 5)]
+            for answer, rank in zip(answers, ranks)
+        ]
+
+
+class ReconstructionJudge:
+    """Drawings as the image tokenizer gives them back: are they still nearest to themselves?"""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """reconstruction, with PSNR."""
+        ranks = self.gallery.ranks([answer.pictures[-1] for answer in answers], [answer.key for answer in answers])
+        verdicts = []
+        for answer, rank in zip(answers, ranks):
+            error = _difference(answer.pictures[-1], pictures_of(answer.known)[-1])
+            psnr = -10 * np.log10(max(float((error**2).mean()), 1e-10))
+            verdicts.append([Verdict("reconstruction", rank == 1, answer.metadata["group"], Measure(psnr, "dB"))])
+        return verdicts
+
+
+class EditJudge:
+    """Edits: the nearest of all drawings is the known result, and what is not of the edit is as it was.
+
+    The pixels of the edit are those in which source and known result differ (as for `nextflow.rewards.edit`).
+    """
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """editing: both; editing, changed; editing, rest kept."""
+        targets = [answer.metadata["target"] for answer in answers]
+        ranks = self.gallery.ranks([answer.pictures[-1] for answer in answers], targets)
+        verdicts = []
+        for answer, rank in zip(answers, ranks):
+            source, result = pictures_of(answer.given)[0], pictures_of(answer.known)[-1]
+            rest_HW = _difference(source, result).max(axis=-1) <= EDITED_ABOVE
+            kept = bool(_difference(answer.pictures[-1], source)[rest_HW].mean() <= MOST_MOVED)
+            of_both = {"editing": rank == 1 and kept, "editing, changed": rank == 1, "editing, rest kept": kept}
+            verdicts.append(
+                [Verdict(category, right, answer.metadata["attribute"]) for category, right in of_both.items()]
+            )
+        return verdicts
+
+
+class StoryJudge:
+    """Stories told from their first sentence: do they begin with what it says, and does the subject stay?
+
+    Each further picture shows another drawing of the same subject: one that some story tells together with it (the faces of the
+    clock, the flags of one letter), or the same in another skin tone. Where things are counted, each picture shows the same
+    thing, always once more or always once less.
+    """
+
+    def __init__(self, gallery: Gallery, stories: Path, reader: Any) -> None:
+        self.gallery, self.reader = gallery, reader
+        self.subject = _subjects(gallery, stories)
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """story, first picture; story consistency."""
+        series = [isinstance(answer.metadata["pictures"][0], str) for answer in answers]
+        named = iter(self.gallery.nearest(_all_pictures(answers, series)))
+        read = iter(self.reader.read([_image(one) for one in _all_pictures(answers, [not one for one in series])]))
+        verdicts = []
+        for answer, is_series in zip(answers, series):
+            asked, topic = answer.metadata["pictures"][0], answer.metadata["series"]
+            if is_series:
+                begins, stays = self._of_series(self.gallery.place[asked], list(islice(named, len(answer.pictures))))
+            else:
+                begins, stays = _of_counting(asked, list(islice(read, len(answer.pictures))))
+            whole = begins and stays and len(answer.pictures) > 1
+            verdicts.append(
+                [Verdict("story, first picture", begins, topic), Verdict("story consistency", whole, topic)]
+            )
+        return verdicts
+
+    def _of_series(self, first: int, shown: list[int]) -> tuple[bool, bool]:
+        """Whether it begins with the right drawing, and whether each further one is another of its subject."""
+        moves = all(before != after for before, after in pairwise(shown))
+        return shown[:1] == [first], moves and all(self.subject[place] == self.subject[first] for place in shown)
+
+
+def _of_counting(asked: Mapping[str, Any], readings: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether it begins with the right number of the right thing, and whether it goes on counting that thing."""
+    hexcode, counts = asked["groups"][0]["hexcode"], [len(reading.found) for reading in readings]
+    same = [all(found.hexcode == hexcode for found in reading.found) for reading in readings]
+    steps = {after - before for before, after in pairwise(counts)}
+    return same[:1] == [True] and counts[0] == len(asked["objects"]), all(same) and steps in ({1}, {-1})
+
+
+class CaptionJudge:
+    """Captions of drawings: right if they are the caption of this drawing, or of one that looks the same."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+
+    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
+        """captioning, with the F1 of its words."""
+        verdicts = []
+        for answer in answers:
+            right = self.gallery.place[answer.key] in self.gallery.called(answer.text)
+            f1 = token_f1(words_of(answer.text), words_of(text_of(answer.known)))
+            verdicts.append([Verdict("captioning", right, answer.metadata["group"], Measure(f1, "F1"))])
+        return verdicts
+
+
+def judge_questions(answers: Sequence[Answered]) -> list[list[Verdict]]:
+    """Question answering: the known answer, word for word. Scenes have many right captions, so these are left out."""
+    return [
+        []
+        if answer.metadata["kind"] == "caption"
+        else [Verdict("questions", words_of(answer.text) == words_of(text_of(answer.known)), answer.metadata["kind"])]
+        for answer in answers
+    ]
+
+
+def _subjects(gallery: Gallery, stories: Path) -> list[int]:
+    """For each drawing a number that it shares with those of its subject."""
+    subject = list(range(len(gallery.captions)))
+
+    def find(place: int) -> int:
+        while subject[place] != place:
+            place = subject[place]
+        return place
+
+    def join(places: Sequence[int]) -> None:
+        for place in places:
+            subject[find(place)] = find(places[0])
+
+    plain: dict[str, list[int]] = {}
+    for place in gallery.place.values():
+        plain.setdefault(re.sub(r", [^,]*skin tone$", "", gallery.captions[place]), []).append(place)
+    for places in plain.values():
+        join(places)
+    for path in sorted(stories.glob("*/*.tar")):
+        for pictures in _told(path):
+            join([gallery.place[key] for key in pictures])
+    return [find(place) for place in range(len(subject))]
+
+
+def _told(path: Path) -> list[list[str]]:
+    """Keys of the drawings of each story of a shard; none for counted things."""
+    told = []
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.name.endswith(".json") and not member.name.startswith("_"):
+                record = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]  # a file
+                told.append([key for key in record["metadata"]["pictures"] if isinstance(key, str)])
+    return [keys for keys in told if keys]
+
+
+def _all_pictures(answers: Sequence[Answered], chosen: Sequence[bool]) -> list[np.ndarray]:
+    return [picture for answer, is_chosen in zip(answers, chosen) if is_chosen for picture in answer.pictures]
+
+
+def _difference(first_HWC: np.ndarray, second_HWC: np.ndarray) -> np.ndarray:
+    """Absolute difference, 0 to 1."""
+    return np.abs(first_HWC.astype(np.float32) - second_HWC.astype(np.float32)) / 255
+
+
+def _image(pixels_HWC: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
