@@ -56,20 +56,27 @@ def openmoji_judges(documents: str | Path, reader: Any) -> dict[str, Judge]:
 
 
 class SceneJudge:
-    """Composed scenes. One picture counts in every category that its scene asks something of."""
+    """Composed scenes. One picture counts in every category that its scene asks something of.
+
+    A scene that was cut to the ratio of its grids shows its drawings no more as they were put there, and counts nowhere.
+    """
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
 
     def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
         """single object, two objects, counting, colours, position, attribute binding, background."""
-        readings = self.reader.read([_image(answer.pictures[-1]) for answer in answers])
+        whole = [_has_ratio(pictures_of(answer.known)[-1], *answer.metadata["size"]) for answer in answers]
+        pictures = [_image(answer.pictures[-1]) for answer, is_whole in zip(answers, whole) if is_whole]
+        readings = iter(self.reader.read(pictures))
         return [
             [
                 Verdict(category, right, answer.metadata["layout"])
-                for category, right in self._judge(answer.metadata, reading)
+                for category, right in self._judge(answer.metadata, next(readings))
             ]
-            for answer, reading in zip(answers, readings)
+            if is_whole
+            else []
+            for answer, is_whole in zip(answers, whole)
         ]
 
     def _judge(self, known: Mapping[str, Any], reading: Any) -> list[tuple[str, bool]]:
@@ -277,6 +284,10 @@ def _told(path: Path) -> list[list[str]]:
 
 def _all_pictures(answers: Sequence[Answered], chosen: Sequence[bool]) -> list[np.ndarray]:
     return [picture for answer, is_chosen in zip(answers, chosen) if is_chosen for picture in answer.pictures]
+
+
+def _has_ratio(pixels_HWC: np.ndarray, height: int, width: int) -> bool:
+    return pixels_HWC.shape[0] * width == pixels_HWC.shape[1] * height
 
 
 def _difference(first_HWC: np.ndarray, second_HWC: np.ndarray) -> np.ndarray:

@@ -45,7 +45,8 @@ def side_by_side(folders: Sequence[str | Path]) -> str:
         if not (folder / SCORES).is_file():
             raise FileNotFoundError(f"no {folder / SCORES}: run `python main.py test` with SuiteReport first")
         scores = json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"]
-        runs[folder.name] = {(score["category"], score["split"]): f"{score['value']:.2f}" for score in scores}
+        name = str(folder) if folder.name in runs else folder.name
+        runs[name] = {(score["category"], score["split"]): f"{score['value']:.2f}" for score in scores}
     names = list(dict.fromkeys(name for run in runs.values() for name in run))
     rows = [(*name, *(run.get(name, "-") for run in runs.values())) for name in names]
     return _table(("category", "split", *runs), rows)

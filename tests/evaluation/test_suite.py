@@ -55,6 +55,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def save(module: L.LightningModule, path: Path) -> str:
     trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", max_steps=1)
     trainer.strategy.connect(module)
+    module.trainer = trainer
     trainer.save_checkpoint(path)
     return str(path)
 
