@@ -58,6 +58,7 @@ def main() -> None:
         result = _kept(folder / "result.json", partial(_cell, folder, prefix, seed, given, judge))
         rows.append({"prefix": prefix, "seed": seed, **result})
     _print(before, rows)
+    _draw(rows, output / "curves.png")
 
 
 def _cell(folder: Path, prefix: int, seed: int, given: argparse.Namespace, judge: SceneJudge) -> dict:
@@ -115,6 +116,32 @@ def _print(before: dict, rows: list[dict]) -> None:
         ]
         kl = np.mean([row["curves"]["grpo/kl"][-1][1] for row in same])
         print(f"| {prefix} | mean of {len(same)} ± half the range | {kl:.4f} | " + " | ".join(spread) + " | |")
+
+
+def _draw(rows: list[dict], path: Path) -> None:
+    """Reward, KL and entropy over steps: a line per seed, and the mean of each prefix, smoothed over five steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+    shown = {"grpo/reward": "reward of roll-outs", "grpo/kl": "KL to the start, per action", "grpo/entropy": "entropy"}
+    prefixes = sorted({row["prefix"] for row in rows})
+    for axes, (name, label) in zip(figure.subplots(1, 3), shown.items()):
+        for number, prefix in enumerate(prefixes):
+            curves = [
+                np.convolve([value for _, value in row["curves"][name]], np.ones(5) / 5, mode="valid")
+                for row in rows
+                if row["prefix"] == prefix
+            ]
+            for curve in curves:
+                axes.plot(curve, color=f"C{number}", alpha=0.35, linewidth=0.8)
+            shortest = min(map(len, curves))
+            mean = np.mean([curve[:shortest] for curve in curves], axis=0)
+            axes.plot(mean, color=f"C{number}", linewidth=2, label=f"first {prefix} scales")
+        axes.set_xlabel("steps (mean of five)")
+        axes.set_title(label, fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path)
 
 
 def _kept(path: Path, make: Callable[[], dict]) -> dict:
