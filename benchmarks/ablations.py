@@ -3,8 +3,8 @@
     python benchmarks/ablations.py --arms transformer/base transformer/dual_head --seeds 1 2
     python benchmarks/ablations.py                        # all of them; what is there already is not run again
 
-Needs what configs/openmoji makes up to the codes: data, semantic encoder, tokenizer, codes, and the drawings of scenes
-(`tiles`). Each run is the command in the lab note of its config, with the seed and a folder of its own,
+Needs what configs/openmoji makes up to `pretrain_32`: data, semantic encoder, tokenizer, codes, that model, and the drawings of
+scenes (`tiles`). Each run is the command in the lab note of its config, with the seed and a folder of its own,
 runs/ablations/ARM/seed_N; an interrupted one goes on from its last checkpoint. A tokenizer is then tested on held-out pictures;
 a transformer draws held-out scenes, which are compared with the ones asked for (`scene_judge.py`). All figures go to
 metrics.json in that folder.
@@ -29,8 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("runs/ablations")
 CONFIGS = Path("configs/ablations")
 PIXEL, JOINT, DECODER = (f"configs/openmoji/tokenizer_{stage}.yaml" for stage in ("pixel", "joint", "decoder"))
-BASE, LEVEL_64 = (f"configs/ablations/transformer/{name}.yaml" for name in ("base", "level_64"))
-FROM_TOKENIZER, FROM_TRANSFORMER = "model.init_args.init_from", "model.init_args.initialize_from"
+BASE, CONTINUED, LEVEL_64 = (f"configs/ablations/transformer/{name}.yaml" for name in ("base", "continued", "level_64"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Arm:
     """The configs that its own changes."""
     after: str | None = None
     """The arm whose checkpoint, of the same seed, it needs."""
-    takes: str = FROM_TOKENIZER
+    takes: str = "model.init_args.init_from"
     """The option that names that checkpoint."""
 
     @property
@@ -69,15 +68,13 @@ ARMS = {
         Arm(name="tokenizer/single_codebook", configs=(PIXEL,)),
         *[
             Arm(name=f"transformer/{name}", configs=(BASE,))
-            for name in (
-                "base", "dual_head", "text_25", "self_correction", "accumulated", "accumulated_self_correction",
-                "positions_grid", "positions_shifted", "last_scale",
-            )
+            for name in ("base", "dual_head", "positions_grid", "positions_shifted", "last_scale")
         ],
         *[
-            Arm(name=f"transformer/{name}", configs=(BASE, LEVEL_64), after="transformer/base", takes=FROM_TRANSFORMER)
-            for name in ("level_64", "alpha_0")
+            Arm(name=f"transformer/{name}", configs=(BASE, CONTINUED))
+            for name in ("continued", "self_correction", "accumulated", "accumulated_self_correction", "text_25", "level_64")
         ],
+        Arm(name="transformer/alpha_0", configs=(BASE, CONTINUED, LEVEL_64)),
         *[
             Arm(
                 name=f"transformer/on_{name}", configs=(BASE,), after=f"tokenizer/{name}",
