@@ -29,7 +29,7 @@ CATEGORIES = (
 )  # fmt: skip
 """In the order of the table."""
 BACKGROUND_TOLERANCE = 12.0
-"""Mean difference of a channel, 0 to 255, up to which a background counts as the right one; the nearest two are 15 apart."""
+"""Mean difference of a channel, 0 to 255, up to which the nearest background counts as that one."""
 EDITED_ABOVE = 0.1
 """Largest difference of a channel, 0 to 1, between source and known result above which a pixel belongs to the edit."""
 MOST_MOVED = 0.05
@@ -69,17 +69,18 @@ class SceneJudge:
         whole = [_has_ratio(pictures_of(answer.known)[-1], *answer.metadata["size"]) for answer in answers]
         pictures = [_image(answer.pictures[-1]) for answer, is_whole in zip(answers, whole) if is_whole]
         readings = iter(self.reader.read(pictures))
+        colours = {answer.metadata["background"]: answer.metadata["background_rgb"] for answer in answers}
         return [
             [
                 Verdict(category, right, answer.metadata["layout"])
-                for category, right in self._judge(answer.metadata, next(readings))
+                for category, right in self._judge(answer.metadata, next(readings), colours)
             ]
             if is_whole
             else []
             for answer, is_whole in zip(answers, whole)
         ]
 
-    def _judge(self, known: Mapping[str, Any], reading: Any) -> list[tuple[str, bool]]:
+    def _judge(self, known: Mapping[str, Any], reading: Any, backgrounds: Mapping[str, Any]) -> list[tuple[str, bool]]:
         groups, asked = known["groups"], Counter(thing["hexcode"] for thing in known["objects"])
         number = len(known["objects"])
         exact = Counter(found.hexcode for found in reading.found) == asked
@@ -105,8 +106,11 @@ class SceneJudge:
         if len(groups) > 1 and (number > len(groups) or sum(bool(group["colour"]) for group in groups) > 1):
             verdicts.append(("attribute binding", exact))
         if known["background"] != "white":
-            error = np.abs(np.subtract(reading.background, known["background_rgb"])).mean()
-            verdicts.append(("background", bool(error <= BACKGROUND_TOLERANCE)))
+            error = {name: np.abs(np.subtract(reading.background, rgb)).mean() for name, rgb in backgrounds.items()}
+            nearest = min(error, key=error.__getitem__)
+            verdicts.append(
+                ("background", nearest == known["background"] and bool(error[nearest] <= BACKGROUND_TOLERANCE))
+            )
         return verdicts
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from nextflow.callbacks.suite_report import SuiteReport
 from nextflow.datamodules.suite import SuiteDataModule, SuitePart
 from nextflow.evaluation.gallery import Gallery
-from nextflow.evaluation.judges import CATEGORIES, EditJudge, StoryJudge, is_in
+from nextflow.evaluation.judges import CATEGORIES, EditJudge, SceneJudge, StoryJudge, is_in
+from nextflow.evaluation.suite import Answered
 from nextflow.evaluation.suite_table import side_by_side
 from nextflow.lightning_modules.evaluating import EvaluationModule
 from nextflow.lightning_modules.tokenizer import TokenizerModule
@@ -186,6 +187,24 @@ def test_a_story_has_to_begin_right_to_go_on_and_to_keep_its_subject(world, tmp_
     assert verdicts(first, "then", second) == [True, True]
     assert verdicts(first) == verdicts(first, first) == verdicts(first, other) == [True, False]
     assert verdicts(second, first) == verdicts() == [False, False]
+
+
+def test_a_background_is_the_nearest_of_all_and_a_cut_scene_counts_nowhere():
+    def scene(background, rgb, size=(8, 8)):
+        metadata = {"layout": "single", "size": size, "objects": [{"hexcode": "A"}], "background": background}
+        metadata |= {"background_rgb": rgb, "groups": [{"hexcode": "A", "colour": "", "place": ""}]}
+        picture = (np.zeros((8, 8, 3), dtype=np.uint8),)
+        return Answered(
+            kind="scenes", index=0, key="", split="train", given=(), answer=picture, known=picture, metadata=metadata
+        )
+
+    reading = SimpleNamespace(found=(), background=(210, 204, 219))
+    judge = SceneJudge(SimpleNamespace(facts={}, read=lambda images: [reading for _ in images]))
+    grey, purple, cut = judge(
+        [scene("grey", (208, 208, 208)), scene("purple", (213, 200, 232)), scene("", (0,) * 3, (7, 8))]
+    )
+    assert [verdict.right for verdict in grey] == [False, True] and grey[-1].category == "background"
+    assert not purple[-1].right and cut == []
 
 
 def test_places_are_parts_of_the_canvas():
