@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
+from nextflow.callbacks.images import show
 from nextflow.evaluation.pictures import Cell, draw_sheet
 
 
@@ -37,9 +36,7 @@ class RolloutPictures(L.Callback):
             return
         self._next = trainer.global_step - trainer.global_step % self.every_n_steps + self.every_n_steps
         sheet = self.sheet(pl_module.last_rollouts)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("grpo/rollouts", np.asarray(sheet), trainer.global_step, dataformats="HWC")
+        show(trainer, "grpo/rollouts", sheet)
         if self.output is not None:
             folder = Path(self.output)
             folder.mkdir(parents=True, exist_ok=True)

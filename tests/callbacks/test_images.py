@@ -1,14 +1,19 @@
-"""The grid holds originals, reconstructions and growing pictures in order, one per level."""
+"""What TensorBoard shows: images, reconstructions and growing pictures in order, a sheet per level; answers to prompts."""
 
+import io
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from nextflow.callbacks.images import ReconstructionGrid
+from nextflow.callbacks.images import ReconstructionGrid, SampleGrid
+from nextflow.datamodules.prompts import PromptDataModule
+from nextflow.sequence.text_tokenizer import train_text_tokenizer
 
 GRIDS = ((1, 1), (2, 2), (4, 4))
 
@@ -27,11 +32,12 @@ def _batch(level: int) -> SimpleNamespace:
     return SimpleNamespace(images=torch.full((5, 3, 8, 8), 255, dtype=torch.uint8), grids=GRIDS, level=level)
 
 
-def test_columns_are_original_reconstruction_and_scales():
-    picture = ReconstructionGrid(num_images=2).picture(_Tokenizer(), _batch(8))
-    assert picture.shape == (3, 2 * 10 + 2, 4 * 10 + 2)  # 2 rows and 4 columns of 8 pixels, 2 between
-    centres = [picture[0, 6, 10 * column + 6].item() for column in range(4)]
-    assert centres == [1.0, 0.75, 0.25, 0.5]
+def test_columns_are_image_reconstruction_and_scales():
+    sheet = np.asarray(ReconstructionGrid(num_images=2, side=48).sheet(_Tokenizer(), _batch(8)))
+    top = sheet.shape[0] - 2 * 60  # a line of headers above 2 rows; 60 pixels a place
+    assert sheet.shape[1] == 4 * 60 and sheet[:top].min() < 128
+    centres = [[int(sheet[top + 60 * row + 30, 60 * column + 30, 0]) for column in range(4)] for row in range(2)]
+    assert centres == [[255, 191, 64, 128]] * 2
 
 
 def test_one_grid_per_level_reaches_tensorboard(tmp_path):
@@ -56,3 +62,47 @@ def test_one_grid_per_level_reaches_tensorboard(tmp_path):
     events = EventAccumulator(trainer.logger.log_dir)
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["val/reconstruction/16", "val/reconstruction/8"]
+
+
+class _Painter(L.LightningModule):
+    """Paints each prompt in a grey of its number, and counts how often it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokenizer, self.asked = torch.nn.Identity(), 0
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def predict_step(self, batch, batch_idx):
+        self.asked += 1
+        assert not torch.is_grad_enabled()
+        return [
+            SimpleNamespace(prompt=prompt.text, image=torch.full((8, 8, 3), 10 * prompt.index, dtype=torch.uint8))
+            for prompt in batch.prompts
+        ]
+
+
+def test_samples_stand_in_rows_in_the_order_of_their_prompts(tmp_path):
+    train_text_tokenizer(["a red dog"], tmp_path / "text", size=260)
+    prompts = PromptDataModule(
+        text_tokenizer=str(tmp_path / "text"), level=256, prompts=["a", "a red dog", "c"], batch_size=2
+    )
+    module, loader = _Painter(), torch.utils.data.DataLoader([0], batch_size=None)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=TensorBoardLogger(tmp_path),
+        callbacks=[SampleGrid(prompts, columns=2, side=48)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.validate(module, loader, verbose=False)
+    trainer.logger.experiment.flush()
+    events = EventAccumulator(trainer.logger.log_dir)
+    events.Reload()
+    (event,) = events.Images("val/samples")
+    sheet = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    step = sheet.shape[0] // 2
+    assert module.asked == 2 and sheet.shape[1] == 2 * 60
+    assert [int(sheet[step * row + 30, 60 * column + 30, 0]) for row, column in ((0, 0), (0, 1), (1, 0))] == [0, 10, 20]
+    assert sheet[58:step, 60:].min() < 128  # its caption
