@@ -3,11 +3,10 @@
     python benchmarks/ablations.py --arms transformer/base transformer/dual_head --seeds 1 2
     python benchmarks/ablations.py                        # all of them; what is there already is not run again
 
-Needs what configs/openmoji makes up to `pretrain_32`: data, semantic encoder, tokenizer, codes, that model, and the drawings of
-scenes (`tiles`). Each run is the command in the lab note of its config, with the seed and a folder of its own,
-runs/ablations/ARM/seed_N; an interrupted one goes on from its last checkpoint. A tokenizer is then tested on held-out pictures;
-a transformer draws held-out scenes, which are compared with the ones asked for (`scene_judge.py`). All figures go to
-metrics.json in that folder.
+Needs what configs/openmoji makes up to `pretrain_32`: data, semantic encoder, tokenizer, codes and that model. Each run is the
+command in the lab note of its config, with the seed and a folder of its own, runs/ablations/ARM/seed_N; an interrupted one goes
+on from its last checkpoint. A tokenizer is then tested on held-out pictures; a transformer draws held-out scenes, which are
+compared with the ones asked for (`scene_judge.py`). All figures go to metrics.json in that folder.
 """
 
 from __future__ import annotations
@@ -44,6 +43,8 @@ class Arm:
     """The arm whose checkpoint, of the same seed, it needs."""
     takes: str = "model.init_args.init_from"
     """The option that names that checkpoint."""
+    draws: bool = True
+    """Whether a transformer is judged by what it draws, and not by its held-out loss alone."""
 
     @property
     def all_configs(self) -> list[str]:
@@ -72,9 +73,10 @@ ARMS = {
         ],
         *[
             Arm(name=f"transformer/{name}", configs=(BASE, CONTINUED))
-            for name in ("continued", "self_correction", "accumulated", "accumulated_self_correction", "text_25", "level_64")
+            for name in ("continued", "self_correction", "accumulated", "accumulated_self_correction", "text_25")
         ],
-        Arm(name="transformer/alpha_0", configs=(BASE, CONTINUED, LEVEL_64)),
+        Arm(name="transformer/level_64", configs=(BASE, CONTINUED), draws=False),
+        Arm(name="transformer/alpha_0", configs=(BASE, CONTINUED, LEVEL_64), draws=False),
         *[
             Arm(
                 name=f"transformer/on_{name}", configs=(BASE,), after=f"tokenizer/{name}",
@@ -101,8 +103,7 @@ COLUMNS = {
         "text": "val/loss_text",
         "distance": "held_out/distance",
         "nearer": "held_out/nearer",
-        "background": "held_out/background",
-        "count": "held_out/count",
+        "rank 1": "held_out/rank_1",
         "CPU minutes": "cpu_minutes",
     },
 }
@@ -126,7 +127,7 @@ def run(name: str, seed: int) -> None:
     if name.startswith("tokenizer/"):
         if not any(metric.startswith("test/") for metric in read(folder)):
             _call(["test", *options, f"--ckpt_path={folder / 'last.ckpt'}"], folder / "test.log")
-    elif "held_out/distance" not in read(folder):
+    elif arm.draws and "held_out/distance" not in read(folder):
         _write(folder, _judged(arm, seed))
     print(f"{name} seed {seed}: done", flush=True)
 
@@ -161,14 +162,14 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _judged(arm: Arm, seed: int) -> dict[str, float]:
-    """Pictures of held-out scenes, measured as GRPO's are."""
-    config = merged([ROOT / path for path in ("configs/openmoji/grpo.yaml", *arm.all_configs)])
+    """Pictures of held-out scenes, compared with the scenes themselves."""
+    config = merged([ROOT / path for path in arm.all_configs])
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     tokenizer = model["tokenizer"]
     if arm.after is not None and arm.after.startswith("tokenizer/"):
         tokenizer = str(ARMS[arm.after].folder(seed) / "last.ckpt")
     judge = SceneJudge(
-        rewards=model["rewards"], reward_weights=model["reward_weights"], tokenizer=tokenizer, level=data["level"],
+        tokenizer=tokenizer, level=data["level"],
         shards={"held_out": "runs/openmoji/data_all/scenes/validation/*.tar"}, schedule=data["schedule"],
         text_tokenizer=data["text_tokenizer"], prompts=NUM_SCENES, samples=1,
     )  # fmt: skip

@@ -38,26 +38,26 @@ class SceneJudge:
         self,
         *,
         shards: Mapping[str, str],
-        rewards: Mapping[str, Any],
-        reward_weights: Mapping[str, float],
         tokenizer: str,
         text_tokenizer: str,
         schedule: Mapping[str, Any],
         level: int,
         prompts: int,
         samples: int,
+        rewards: Mapping[str, Any] | None = None,
+        reward_weights: Mapping[str, float] | None = None,
     ) -> None:
         """
         Args:
             shards: the name of a split -> its shards of scenes.
-            rewards: name -> a SceneReward as configs write it.
-            reward_weights: name -> weight.
             tokenizer: checkpoint of the image tokenizer.
             text_tokenizer: folder of the text tokenizer.
             schedule: arguments of the ScaleSchedule.
             level: resolution of the pictures.
             prompts: scenes of each split.
             samples: pictures of each scene.
+            rewards: name -> a SceneReward as configs write it; none if not given.
+            reward_weights: name -> weight.
         """
         self.level, self.samples = level, samples
         self.splits = {
@@ -72,8 +72,8 @@ class SceneJudge:
             for name, path in shards.items()
         }  # fmt: skip
         self.tokenizer = load_tokenizer(tokenizer)
-        chosen = {name: SceneReward(**reward["init_args"]) for name, reward in rewards.items()}
-        self.rewards = RewardMixture(chosen, reward_weights)
+        chosen = {name: SceneReward(**reward["init_args"]) for name, reward in (rewards or {}).items()}
+        self.rewards = RewardMixture(chosen, reward_weights) if chosen else None
 
     def __call__(self, checkpoint: str | Path, sheet: Path) -> dict[str, float]:
         """SPLIT/MEASURE -> value; some of the pictures go to the image file `sheet`."""
@@ -92,9 +92,11 @@ class SceneJudge:
             with torch.autocast("cpu", torch.bfloat16):
                 results = generate(loaded.transformer, requests, layout=loaded.layout, tokenizer=self.tokenizer)
             pictures = [result.image.permute(2, 0, 1).contiguous() for result in results if result.image is not None]
-            scores = self.rewards(pictures, [prompt.text for prompt in chosen], [prompt.metadata for prompt in chosen])
-            values[f"{split}/reward"] = float(scores.total_N.nanmean())
-            values |= {f"{split}/{name}": float(score_N.nanmean()) for name, score_N in scores.by_name.items()}
+            if self.rewards is not None:
+                facts = [prompt.metadata for prompt in chosen]
+                scores = self.rewards(pictures, [prompt.text for prompt in chosen], facts)
+                values[f"{split}/reward"] = float(scores.total_N.nanmean())
+                values |= {f"{split}/{name}": float(score_N.nanmean()) for name, score_N in scores.by_name.items()}
             gallery = np.stack([_pixels(prompt.reference) for prompt in prompts])
             answers = np.arange(len(chosen)) // self.samples
             measured = compare(np.stack([_pixels(picture) for picture in pictures]), gallery, answers)
