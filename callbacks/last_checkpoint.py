@@ -25,13 +25,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps DIRPATH/last.ckpt: every few steps, at the end of training, and when SIGTERM asks the run to end.
+    """Keeps DIRPATH/last.ckpt: every few steps, at the end of training, and when SIGTERM or Ctrl-C asks the run to end.
 
     Lightning's `ModelCheckpoint(save_last=True, every_n_train_steps=100)` leaves the state of step 700 behind a run of 760.
     The last step itself is saved once its validation is over, so that a run interrupted there validates when it is resumed.
 
-    After SIGTERM (a scheduler's notice) the optimiser step under way is finished, on all ranks, its state saved, and the
-    process ends with status 143; `--ckpt_path last` goes on there. A disk that is full ends the run with an error.
+    A run that begins where another one left its last.ckpt, and does not resume from it, takes that name over as it first
+    saves: the other's becomes previous.ckpt, so that last.ckpt is always of the run that was started last.
+
+    After SIGTERM (a scheduler's notice) or a first Ctrl-C the optimiser step under way is finished, on all ranks, its state
+    saved, and the process ends with status 143 or 130; `--ckpt_path last` goes on there. A second Ctrl-C ends it at once.
+    A disk that is full ends the run with an error.
 
     Args:
         dirpath: folder of the checkpoint; the logger's own if not given.
@@ -39,8 +43,15 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_train_steps: int = 100) -> None:
-        super().__init__(dirpath=dirpath, save_top_k=0, save_last=True, every_n_train_steps=every_n_train_steps)
-        self._told_to_end = False
+        super().__init__(
+            dirpath=dirpath,
+            save_top_k=0,
+            save_last=True,
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,  # which would name the second run's last-v1.ckpt
+        )
+        self._told_to_end: signal.Signals | None = None
+        self._owns_last = False
         self._step = 0
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
@@ -60,16 +71,21 @@ class LastCheckpoint(ModelCheckpoint):
             self.dirpath = trainer.log_dir or trainer.default_root_dir
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM over from Lightning, whose handler talks to other ranks in the middle of their own talk."""
+        """Take SIGTERM over from Lightning, whose handler talks to other ranks in the middle of their own talk, and Ctrl-C."""
         super().on_train_start(trainer, pl_module)
         self._step = trainer.global_step
 
         def note(number: int, frame: FrameType | None) -> None:
-            self._told_to_end = True
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                rank_zero_info("\nCtrl-C: the step under way is finished and saved; Ctrl-C again ends at once")
+            self._told_to_end = signal.Signals(number)
 
         # Only the main thread may; a trainer in another one is not what a scheduler addresses.
         with suppress(ValueError):
-            signal.signal(signal.SIGTERM, note)  # Lightning restores what was there before the run
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as a shell gives it to what runs in the background
+                    signal.signal(number, note)  # Lightning restores what was there before the run
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,24 +93,25 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.global_step != trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if stepped and self._all_told_to_end(trainer):
+        if stepped and (told := self._all_told_to_end(trainer)):
             if self._last_global_step_saved != trainer.global_step:
                 self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             rank_zero_info(
-                f"SIGTERM: saved step {trainer.global_step} to {self.last_model_path}; --ckpt_path last goes on there"
+                f"{told.name}: saved step {trainer.global_step} to {self.last_model_path}; --ckpt_path last goes on there"
             )
-            sys.exit(128 + signal.SIGTERM)
+            sys.exit(128 + told)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
-    def _all_told_to_end(self, trainer: L.Trainer) -> bool:
+    def _all_told_to_end(self, trainer: L.Trainer) -> signal.Signals | None:
         # One rank may hear of it a step before the others.
         if trainer.world_size == 1:
             return self._told_to_end
-        told = torch.tensor(float(self._told_to_end), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(told, reduce_op="sum") > 0)
+        told = torch.tensor(float(self._told_to_end or 0), device=trainer.strategy.root_device)
+        highest = int(trainer.strategy.reduce(told, reduce_op="max"))
+        return signal.Signals(highest) if highest else None
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         draft, last = Path(f"{filepath}.saving"), Path(filepath)
@@ -112,7 +129,10 @@ class LastCheckpoint(ModelCheckpoint):
                 f"{whole}. Is the disk full? Make room and go on with --ckpt_path last"
             ) from error
         if trainer.is_global_zero:
+            if not self._owns_last and last.exists() and not _is_same(last, trainer.ckpt_path):
+                _set_aside(last, last.with_name("previous.ckpt"))
             _replace(last, draft)
+        self._owns_last = True
         trainer.strategy.barrier()
         self._last_checkpoint_saved = filepath
 
@@ -126,6 +146,20 @@ class _Direct(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_same(last: Path, resumed: str | Path | None) -> bool:
+    return resumed is not None and Path(resumed).exists() and last.samefile(resumed)
+
+
+def _set_aside(last: Path, previous: Path) -> None:
+    rank_zero_info(f"{last} is of another run, which this one does not resume: it is now {previous.name}")
+    _remove(previous)
+    if last.is_symlink():  # the folder itself moves, as the next ones take turns with its name
+        os.replace(last.with_name(os.readlink(last)), previous)
+        last.unlink()
+    else:
+        os.replace(last, previous)
 
 
 def _replace(last: Path, draft: Path) -> None:

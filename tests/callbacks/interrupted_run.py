@@ -30,8 +30,10 @@ class Counting(L.LightningModule):
 
     def training_step(self, batch, index):
         if self.global_step == 3:
-            if self.what == "sigterm":
-                os.kill(os.getpid(), signal.SIGTERM)
+            for number in {"sigterm": [signal.SIGTERM], "ctrl-c": [signal.SIGINT], "twice": [signal.SIGINT] * 2}.get(
+                self.what, []
+            ):
+                os.kill(os.getpid(), number)
             if self.what == "full":  # no file may grow beyond 100 kB: the next checkpoint cannot be written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return -self.layer(torch.ones(1, 300)).sum()
@@ -65,4 +67,5 @@ def main(folder, what, shards=False, resume=None, max_steps=6):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests themselves run in the background
     main(sys.argv[1], sys.argv[2], shards="shards" in sys.argv[3:])

@@ -1,4 +1,4 @@
-"""SIGTERM, kill -9 while a checkpoint is written, a full disk: the last checkpoint is whole, and a run goes on from it."""
+"""SIGTERM, Ctrl-C, kill -9 while a checkpoint is written, a full disk: the last checkpoint is whole and resumed from."""
 
 import os
 import runpy
@@ -36,13 +36,21 @@ def goes_on(folder, **options):
     assert {path.name for path in folder.iterdir()} - {"ready"} == {last.name, last.resolve().name}
 
 
-def test_sigterm_saves_the_step_under_way(tmp_path):
-    run = start(tmp_path, "sigterm")
+@pytest.mark.parametrize(("what", "number"), [("sigterm", signal.SIGTERM), ("ctrl-c", signal.SIGINT)])
+def test_a_signal_saves_the_step_under_way(tmp_path, what, number):
+    run = start(tmp_path, what)
     output = run.communicate(timeout=120)[0]
-    assert run.returncode == 128 + signal.SIGTERM, output
+    assert run.returncode == 128 + number, output
     assert step_and_weight(tmp_path) == (4, 4.0)
-    assert "SIGTERM: saved step 4" in output and "--ckpt_path last" in output
+    assert f"{number.name}: saved step 4" in output and "--ckpt_path last" in output
     goes_on(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    run = start(tmp_path, "twice")
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode and "Ctrl-C again ends at once" in output, output
+    assert step_and_weight(tmp_path) == (2, 2.0)
 
 
 def test_killed_while_writing(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from nextflow.callbacks.last_checkpoint import LastCheckpoint
+from nextflow.callbacks.last_checkpoint import LastCheckpoint, _replace, _set_aside
 
 
 class Module(L.LightningModule):
@@ -37,8 +37,8 @@ def fit(module, folder, max_steps, ckpt_path=None, logger=False):
     trainer.fit(module, data, data if module.stop_at is not None or ckpt_path else None, ckpt_path=ckpt_path)
 
 
-def step_of(folder) -> int:
-    return torch.load(folder / "last.ckpt", weights_only=False)["global_step"]
+def step_of(folder, name="last.ckpt") -> int:
+    return torch.load(folder / name, weights_only=False)["global_step"]
 
 
 @pytest.mark.parametrize("max_steps", [5, 6])
@@ -66,3 +66,23 @@ def test_without_a_folder_it_is_the_loggers_and_last_finds_it(tmp_path):
     resumed = Module()
     fit(resumed, None, 6, ckpt_path="last", logger=logger)
     assert float(resumed.weight) == -6 and step_of(tmp_path / "run") == 6
+
+
+def test_a_second_run_takes_the_name_over_and_a_resumed_one_keeps_it(tmp_path):
+    fit(Module(), tmp_path, 5)
+    fit(Module(), tmp_path, 7, ckpt_path=tmp_path / "last.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt"] and step_of(tmp_path) == 7
+    fit(Module(), tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert step_of(tmp_path) == 3 and step_of(tmp_path, "previous.ckpt") == 7
+
+
+def test_folders_of_shards_are_set_aside_too(tmp_path):
+    for name, number in (("last.ckpt.a", 1), ("draft", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "number").write_text(str(number))
+    last = tmp_path / "last.ckpt"
+    last.symlink_to("last.ckpt.a")
+    _set_aside(last, tmp_path / "previous.ckpt")
+    _replace(last, tmp_path / "draft")
+    assert (last / "number").read_text() == "2" and (tmp_path / "previous.ckpt" / "number").read_text() == "1"
