@@ -58,7 +58,8 @@ class ResolutionCurriculum(L.Callback):
             return
         if trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError("ResolutionCurriculum needs trainer.reload_dataloaders_every_n_epochs: 1")
-        if trainer.max_epochs != len(self.stages):
+        # Under fast_dev_run, which sets max_epochs to 1, one batch of the first stage is looked at.
+        if trainer.max_epochs != len(self.stages) and not trainer.fast_dev_run:
             raise ValueError(
                 f"ResolutionCurriculum has {len(self.stages)} stages, one per epoch: "
                 f"set trainer.max_epochs to {len(self.stages)} (it is {trainer.max_epochs})"

@@ -62,6 +62,12 @@ def test_max_steps_bounds_the_schedule_and_a_given_one_is_kept():
     assert module.total_steps == 100
 
 
+def test_fast_dev_run_looks_at_the_first_stage():
+    module = Module()
+    trainer(fast_dev_run=True).fit(module, datamodule=Data())
+    assert module.levels == [32]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
