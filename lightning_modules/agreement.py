@@ -52,10 +52,15 @@ def describe(module: Any, fingerprint: str) -> dict[str, Any]:
 
 
 def check_checkpoint(module: Any, fingerprint: str, checkpoint: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was trained with other tokenizers or another layout; alpha is the data's own.
+    """Refuse a checkpoint of another kind of model, of other tokenizers, layout or sizes; alpha is the data's own.
 
     Raises ValueError naming both sides.
     """
+    if CHECKPOINT_KEY not in checkpoint:
+        raise ValueError(
+            "the checkpoint that was given (`ckpt_path`) is not one of a PretrainingModule; those of tokenizers belong in "
+            "model.tokenizer"
+        )
     stored = checkpoint[CHECKPOINT_KEY]
     if stored["tokenizer"] != fingerprint:
         raise ValueError(
@@ -70,3 +75,8 @@ def check_checkpoint(module: Any, fingerprint: str, checkpoint: dict[str, Any]) 
     layout = replace(LayoutConfig(**stored["layout"]), alpha=module.layout.alpha)
     if layout != module.layout:
         raise ValueError(f"the checkpoint was trained with {layout}, but model.layout is {module.layout}")
+    theirs, ours = stored["transformer"], module.config.to_dict()
+    differ = [name for name in ours if name in theirs and theirs[name] != ours[name] and name != "init_std"]
+    if differ:
+        sizes = ", ".join(f"{name} {theirs[name]}, not {ours[name]}" for name in differ)
+        raise ValueError(f"the checkpoint was trained with another model.transformer than the config's: {sizes}")

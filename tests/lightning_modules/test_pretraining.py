@@ -210,6 +210,11 @@ def test_checkpoint_explains_itself_and_refuses_other_tokenizers(folder, tmp_pat
     with pytest.raises(ValueError, match=r"features='residual'.*model\.layout is .*features='accumulated'"):
         other = make(folder, layout=LayoutConfig(features="accumulated"))
         trainer(folder, max_steps=4).fit(other, loader(batches(other)), ckpt_path=path)
+    with pytest.raises(ValueError, match="num_layers 2, not 3"):
+        other = make(folder, transformer=replace(DECODER, num_layers=3))
+        trainer(folder, max_steps=4).fit(other, loader(batches(other)), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"not one of a PretrainingModule.*model\.tokenizer"):
+        trainer(folder, max_steps=4).fit(make(folder), loader(batches(module)), ckpt_path=folder / "other.ckpt")
     with pytest.raises(ValueError, match="initialize_from"):
         other = make(folder, tokenizer=str(folder / "other.ckpt"), initialize_from=str(path))
         trainer(folder).fit(other, loader(batches(other)))
