@@ -10,6 +10,7 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
+from typing import Any
 
 if __name__ == "__main__":
     # `python main.py` puts this folder on sys.path, where our `kernels` would shadow Hugging Face's package of that name.
@@ -19,13 +20,37 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+DESCRIPTION = "Trains and runs NextFlow: python main.py fit -c configs/quickstart/7_transformer.yaml"
 USAGE = "%(prog)s -c CONFIG [-c CONFIG ...] [--KEY VALUE ...]"  # Lightning's own fills a screen above every error
-USAGES = {name: {"usage": USAGE} for name in LightningCLI.subcommands()}
+MODELS = (
+    "contrastive.ContrastiveModule",
+    "tokenizer.TokenizerModule",
+    "pretraining.PretrainingModule",
+    "grpo.GRPOModule",
+)
+DATA = (
+    "text.TextDataModule",
+    "text_to_image.TextToImageDataModule",
+    "image_to_text.ImageToTextDataModule",
+    "editing.EditingDataModule",
+    "interleaved.InterleavedDataModule",
+    "mixture.MixtureDataModule",
+    "images.ImageDataModule",
+    "image_folder.ImageFolderDataModule",
+    "prompts.PromptDataModule",
+)
+CLASSES = f"""Models (--model) of nextflow.lightning_modules: {", ".join(MODELS)}. Data (--data) of nextflow.datamodules:
+{", ".join(DATA)}. Their options: --model.help CLASS, --data.help CLASS, such as --data.help nextflow.datamodules.{DATA[0]}.
+docs/configs.md says how configs compose."""
+# Options are given in full: a misspelt one would otherwise be taken for what it begins.
+OPTIONS = {"usage": USAGE, "epilog": CLASSES, "allow_abbrev": False}
 MORE = {
     "plan": "nextflow.planning.command",
     "export": "nextflow.lightning_modules.export",
     "doctor": "nextflow.diagnosis.command",
 }
+EPILOG = """Further subcommands, each with its own --help: plan (what a run will need, before it is launched), export (a
+folder that NextFlowPipeline loads), doctor (what looks wrong with a run). README.md and docs/ lead from here."""
 
 
 class NextFlowCLI(LightningCLI):
@@ -47,6 +72,8 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the literal under each field
     # Advice that slows runs on few cores down, and a deprecation inside Lightning.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*isinstance.treespec, LeafSpec.*")
+    parsers: dict[str, Any] = dict.fromkeys(LightningCLI.subcommands(), OPTIONS)
+    parsers |= {"description": DESCRIPTION, "epilog": EPILOG, "allow_abbrev": False}
     return NextFlowCLI(
         LightningModule,
         LightningDataModule,
@@ -54,7 +81,7 @@ def cli(args: ArgsType = None, run: bool = True) -> NextFlowCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"epilog": f"Also: {', '.join(MORE)}, each with its own --help.", **USAGES} if run else None,
+        parser_kwargs=parsers if run else None,
         args=args,
         run=run,
     )

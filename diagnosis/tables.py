@@ -32,7 +32,7 @@ def show(run: TrainingRun, examination: Examination, reference: Reference | None
 
 def _figures(run: TrainingRun, reference: Reference | None) -> Table:
     table = Table()
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")  # a name that is cut off cannot be looked up in TensorBoard
     for title in ("first", "last", "best", "at step", *([] if reference is None else ["expected"])):
         table.add_column(title, justify="right")
     for figure in FIGURES[run.kind]:

@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from nextflow.main import NextFlowCLI, cli, main
+from nextflow.main import DATA, MODELS, MORE, NextFlowCLI, cli, main
 
 TOY = '''
 from dataclasses import dataclass
@@ -142,7 +143,17 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(subcommand in text for subcommand in ("fit", "validate", "test", "predict"))
+    assert all(subcommand in text for subcommand in ("fit", "validate", "test", "predict", *MORE))
+
+
+def test_help_of_a_subcommand_names_classes_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    for package, classes in (("lightning_modules", MODELS), ("datamodules", DATA)):
+        for name in classes:
+            module, kind = name.split(".")
+            assert name in text and hasattr(import_module(f"nextflow.{package}.{module}"), kind)
 
 
 def test_help_shows_docstrings_under_fields(base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +207,12 @@ def test_misspelt_keys_are_named(base: str, capsys: pytest.CaptureFixture[str], 
     message = refusal(capsys, "fit", "-c", base, "-c", write("typo.yaml", content))
     assert re.search(rf"'([\w.]+\.)?{key}[.']", message)
     assert len(message.splitlines()) < 15
+
+
+def test_misspelt_options_are_not_taken_for_what_they_begin(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse would read `--model.rat` as an abbreviation."""
+    assert "'rat' is not accepted" in refusal(capsys, "fit", "-c", base, "--model.rat", "0.5")
+    assert "--trainer.max_step" in refusal(capsys, "fit", "-c", base, "--trainer.max_step", "5")
 
 
 def test_our_errors_are_one_line(
