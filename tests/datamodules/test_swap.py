@@ -1,5 +1,8 @@
 """One run, every data type: `--data` alone decides what a real, tiny PretrainingModule is trained on."""
 
+import re
+from pathlib import Path
+
 import lightning as L
 import pytest
 import yaml
@@ -110,6 +113,17 @@ def fit(run, data, *options):
 def reading(patterns):
     """The option that makes a DataModule read other shards."""
     return f"--data.init_args.shards={yaml.safe_dump(patterns, default_flow_style=True).strip()}"
+
+
+@pytest.mark.parametrize("name", ["pictures_alone.PicturesAlone", "squares.Squares"])
+def test_data_modules_of_the_documentation_train(run, tmp_path, monkeypatch, name):
+    """The examples of docs/data.md, word for word, in place of one of ours."""
+    module = name.split(".")[0]
+    documentation = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(rf"```python\n(# lab/{module}\.py\n.*?)```", documentation, re.DOTALL)
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "train/loss_image" in fit(run, name)
 
 
 @pytest.mark.parametrize("name", MODULES)
