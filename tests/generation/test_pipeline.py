@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,21 @@ def test_details_and_masks_keep_the_rest_of_a_picture(pipeline):
     assert 0 < int(kept_N.sum()) < len(kept_N) and torch.equal(painted.result.codes[kept_N], codes_N[kept_N])
     with pytest.raises(ValueError, match="they must be equal"):
         pipeline.outside(photo(), Image.new("1", (8, 8)))
+
+
+def test_the_notebook_runs_from_top_to_bottom(folder, tmp_path, monkeypatch):
+    """Its cells as they are, on the tiny model; jupyter itself is not needed."""
+    notebook = Path(__file__).resolve().parents[2] / "notebooks" / "first_look.ipynb"
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) >= 6 and not any(cell["outputs"] for cell in cells)
+    shown: list[Image.Image] = []
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=shown.append))
+    (tmp_path / "hub").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    assert len(shown) == 5 and all(image.height == 128 for image in shown)
 
 
 def test_what_does_not_fit_is_refused(pipeline, folder, tmp_path):
