@@ -11,7 +11,7 @@ import lightning as L
 
 
 class MetricsWriter(L.Callback):
-    """Writes what was logged last at the end of fit; validate and test add theirs to the file."""
+    """Writes what was logged last at the end of fit; validate and test add theirs to the file, and fast_dev_run nothing."""
 
     def __init__(self, output: str | None = None) -> None:
         """
@@ -29,28 +29,23 @@ class MetricsWriter(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the metrics of training and of its last validation; a resumed run that was over has none and keeps the file."""
         seconds = time.perf_counter() - self._started
-        self._write(trainer, {}, {"fit/seconds": seconds, "fit/steps": trainer.global_step})
+        self._write(trainer, False, {"fit/seconds": seconds, "fit/steps": trainer.global_step})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the metrics of `validate`; validation inside of fit is written at its end."""
         if trainer.state.fn == "validate":
-            self._write(trainer, self._existing(trainer), {})
+            self._write(trainer, True, {})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the metrics of `test`."""
-        self._write(trainer, self._existing(trainer), {})
+        self._write(trainer, True, {})
 
-    def _path(self, trainer: L.Trainer) -> Path:
-        return self.output or Path(trainer.log_dir or trainer.default_root_dir) / "metrics.json"
-
-    def _existing(self, trainer: L.Trainer) -> dict[str, float]:
-        path = self._path(trainer)
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-    def _write(self, trainer: L.Trainer, existing: dict[str, float], extra: dict[str, float]) -> None:
-        if not trainer.is_global_zero:
+    def _write(self, trainer: L.Trainer, keep: bool, extra: dict[str, float]) -> None:
+        # On all processes: they agree on log_dir by a broadcast.
+        output = self.output or Path(trainer.log_dir or trainer.default_root_dir) / "metrics.json"
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        output = self._path(trainer)
+        existing: dict[str, float] = json.loads(output.read_text()) if keep and output.is_file() else {}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(f".{output.name}.partial")

@@ -160,3 +160,14 @@ def test_metrics_of_fit_are_one_json_file_that_validate_updates(tmp_path, given)
     trainer.validate(module, smaller, verbose=False)
     updated = json.loads(output.read_text())
     assert updated["val/psnr"] == 50.0 and updated["train/loss"] == metrics["train/loss"]
+
+
+def test_fast_dev_run_leaves_the_metrics_of_the_real_run_alone(tmp_path):
+    (tmp_path / "metrics.json").write_text("{}\n")
+    trainer = L.Trainer(
+        accelerator="cpu", fast_dev_run=True, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[MetricsWriter(str(tmp_path / "metrics.json"))], default_root_dir=tmp_path,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(Batches(), batch_size=None)
+    trainer.fit(Fitted(), loader, loader)
+    assert (tmp_path / "metrics.json").read_text() == "{}\n"
