@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
@@ -40,7 +41,7 @@ class MetricsWriter(L.Callback):
         """Add the metrics of `test`."""
         self._write(trainer, True, {})
 
-    def _write(self, trainer: L.Trainer, keep: bool, extra: dict[str, float]) -> None:
+    def _write(self, trainer: Any, keep: bool, extra: dict[str, float]) -> None:
         # On all processes: they agree on log_dir by a broadcast.
         output = self.output or Path(trainer.log_dir or trainer.default_root_dir) / "metrics.json"
         if not trainer.is_global_zero or trainer.fast_dev_run:
