@@ -53,9 +53,9 @@ FIGURES: dict[Kind, tuple[Figure, ...]] = {
     "pretraining": (
         Figure("train/loss_image", "lower", 0.1),
         Figure("train/loss_text", "lower", 0.1),
-        Figure("val/loss_image", "lower", 0.1),
-        Figure("val/loss_image/scale_01", "lower", 0.2),
-        Figure("val/loss_text", "lower", 0.1),
+        Figure("val/loss_image", "lower", 0.2),
+        Figure("val/loss_image/scale_01", "lower", 0.5),
+        Figure("val/loss_text", "lower", 0.25),
         Figure("train/gradient_norm", "neither", 0.5),
         Figure("train/corrected_codes", "neither", 0.02),
         Figure("throughput/padding", "lower", 0.05),

@@ -50,7 +50,8 @@ def test_a_learning_rate_that_is_far_too_high(healthy: Path, train, capsys, tmp_
     run = train("--model.generator_optimizer.init_args.lr=3.0")
     report, status = examined(capsys, str(run), "--reference", reference)
     assert status == 1 and report["compared"]
-    assert about(report) == {"learning", "reference"}  # it explodes, and learns a little once the rate has decayed
+    # It explodes, and learns a little once the rate has decayed; where the rounding falls badly its codebook dies as well.
+    assert {"learning", "reference"} <= about(report) <= {"learning", "reference", "dead codebook"}
     (settings,) = [finding for finding in report["findings"] if finding["about"] == "settings"]
     assert "model.generator_optimizer.lr is 3.0, not 0.004" in settings["sentence"]
 
