@@ -173,10 +173,11 @@ class PerceptualLoss(nn.Module):
         with torch.device("meta"):  # VGG16's 138 million random numbers would take seconds, and none of them is kept
             self.lpips = lpips._LPIPS(pretrained=False, net="vgg", pnet_rand=True)
         backbone = _read_backbone(weights, self.lpips.net.state_dict(prefix="net."), key)
-        heads = Path(lpips.__file__).parent / "lpips_models" / "vgg.pth"
-        state = backbone | torch.load(heads, map_location="cpu", weights_only=True)
-        missing = self.lpips.load_state_dict(state, strict=False, assign=True).missing_keys
-        assert all(name.startswith("lins.") for name in missing), missing  # the heads again, by a second name
+        path = Path(lpips.__file__).parent / "lpips_models" / "vgg.pth"
+        heads = torch.load(path, map_location="cpu", weights_only=True)
+        # The module holds its heads twice: lin0.model.1.weight is lins.0.model.1.weight as well.
+        again = {name.replace("lin", "lins.", 1): head for name, head in heads.items()}
+        self.lpips.load_state_dict(backbone | heads | again, assign=True)
         self.requires_grad_(False).eval()
 
     def forward(self, reconstruction_BCHW: Tensor, images_BCHW: Tensor) -> Tensor:
