@@ -22,7 +22,6 @@ from pathlib import Path
 SPLITS = ("train", "validation", "compositional")
 TONES = {0x1F3FB: "light", 0x1F3FC: "medium-light", 0x1F3FD: "medium", 0x1F3FE: "medium-dark", 0x1F3FF: "dark"}
 VALIDATION_FRACTION = 0.06
-PEOPLE_FRACTION = 0.25
 
 _VARIATION_SELECTOR, _JOINER = 0xFE0F, 0x200D
 _MAN, _WOMAN, _PERSON = 0x1F468, 0x1F469, 0x1F9D1
@@ -168,10 +167,12 @@ def load_catalogue() -> Catalogue:
     return Catalogue(folder=folder, drawings=tuple(drawings), unnamed=tuple(unnamed))
 
 
-def select(drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0) -> list[Drawing]:
+def select(
+    drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0, people_fraction: float = 0.25
+) -> list[Drawing]:
     """A varied selection, the same for the same arguments.
 
-    `PEOPLE_FRACTION` of it are subjects in skin tones, each whole (the plain drawing and its five tones) so that there is
+    `people_fraction` of it are subjects in skin tones, each whole (the plain drawing and its five tones) so that there is
     something to compose, one gender per activity. The rest is taken in turn from all groups, so that the 259 flags do not crowd
     out the food. The order inside a group is a hash of the seed and the code points.
 
@@ -179,6 +180,7 @@ def select(drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0)
         drawings: what to choose from.
         max_drawings: how many; None for all.
         seed: of the order.
+        people_fraction: share of the subjects in skin tones.
     """
     if max_drawings is None or max_drawings >= len(drawings):
         return list(drawings)
@@ -195,7 +197,7 @@ def select(drawings: Sequence[Drawing], max_drawings: int | None, seed: int = 0)
     activities = set()
     for subject_key in sorted(subjects, key=lambda key: unit_hash(seed, key)):
         members = subjects[subject_key]
-        if members[0].activity in activities or len(chosen) + len(members) > max_drawings * PEOPLE_FRACTION:
+        if members[0].activity in activities or len(chosen) + len(members) > max_drawings * people_fraction:
             continue
         activities.add(members[0].activity)
         chosen += members

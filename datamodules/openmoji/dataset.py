@@ -21,7 +21,7 @@ from nextflow.datamodules.openmoji.catalogue import SPLITS, Catalogue, Drawing, 
 from nextflow.datamodules.openmoji.facts import LANGUAGES
 from nextflow.datamodules.openmoji.kinds import KINDS, Kind, write_kinds
 from nextflow.datamodules.openmoji.studio import Studio, draw_png
-from nextflow.datamodules.openmoji.world import World
+from nextflow.datamodules.openmoji.world import LAYOUTS, Layout, World
 from nextflow.sequence.scales import ScaleSchedule
 from nextflow.sequence.shards import ShardHeader, ShardWriter
 from nextflow.sequence.text_tokenizer import train_text_tokenizer
@@ -62,6 +62,11 @@ class OpenMojiConfig:
     """Languages of names in `text`: ar de es fa fr id it ja ko pt ru tr zh."""
     max_drawings: int | None = None
     """How many drawings over all splits, a varied selection fixed by this number and the seed; all 3,953 if not given."""
+    people_fraction: float = 0.25
+    """Share of a selection that are subjects in skin tones. Each is there in all its tones, one of which training never shows: with
+    more subjects there is more to learn a tone from."""
+    layouts: dict[Layout, float] = field(default_factory=lambda: dict(LAYOUTS))
+    """How often composed scenes are: one thing alone or in a corner, several of one, a pair, two groups, a row, two corners."""
     groups: list[str] | None = None
     """Only some of: people faces animals plants food nature travel activities objects symbols flags; all if not given."""
     seed: int = 0
@@ -78,9 +83,14 @@ class OpenMojiConfig:
             raise ValueError(f"size: {self.size} is no level of `schedule`, which has {list(self.schedule.levels)}")
         if self.alignment < 1 or self.alignment & (self.alignment - 1):
             raise ValueError(f"alignment: {self.alignment} is no power of two")
-        if not 0 <= self.other_ratios <= 1:
-            raise ValueError(f"other_ratios: {self.other_ratios} is no share, 0 to 1")
-        for name, given, known in (("kinds", self.kinds, KINDS), ("languages", self.languages, LANGUAGES)):
+        for name in ("other_ratios", "people_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is no share, 0 to 1")
+        if min(self.layouts.values(), default=0) < 0 or not any(self.layouts.values()):
+            raise ValueError(f"layouts: {self.layouts} names no layout with a share above 0, or a share below 0")
+        for name, given, known in (
+            ("kinds", self.kinds, KINDS), ("layouts", self.layouts, LAYOUTS), ("languages", self.languages, LANGUAGES),
+        ):  # fmt: skip
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"{name}: {unknown} do not exist; there are {sorted(known)}")
@@ -99,7 +109,7 @@ def make_openmoji(config: OpenMojiConfig) -> dict:
     finished = _finished_report(output, settings)
     if finished is not None:
         return finished
-    drawings = select(_in_groups(catalogue, config.groups), config.max_drawings, config.seed)
+    drawings = select(_in_groups(catalogue, config.groups), config.max_drawings, config.seed, config.people_fraction)
     if not drawings:
         raise ValueError("nothing is selected: raise `max_drawings` or name more `groups`")
     _clear(output)
@@ -114,6 +124,7 @@ def make_openmoji(config: OpenMojiConfig) -> dict:
         languages=tuple(config.languages),
         alignment=config.alignment,
         other_ratios=config.other_ratios,
+        layouts=config.layouts,
     )
     kinds = list(
         write_kinds(

@@ -18,7 +18,7 @@ from nextflow.datamodules.openmoji.catalogue import unit_hash
 from nextflow.datamodules.openmoji.studio import BACKGROUNDS, Placed
 from nextflow.datamodules.openmoji.things import Thing, things_of
 from nextflow.datamodules.openmoji.words import caption_of_scene
-from nextflow.datamodules.openmoji.world import MojiDocument, World
+from nextflow.datamodules.openmoji.world import Layout, MojiDocument, World
 from nextflow.sequence.scales import Grid
 
 HELD_OUT_FRACTION = 0.1
@@ -39,8 +39,6 @@ _PLACES: dict[str, Area] = {
     "bottom right corner": (0.5, 0.5, 1, 1),
 }
 _CORNERS = tuple(place for place in _PLACES if place.endswith("corner"))
-# Layout to its share: how often it is drawn.
-LAYOUTS = {"single": 2, "corner": 1, "count": 3, "pair": 3, "groups": 3, "row": 2, "corners": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +55,7 @@ class Group:
 class Scene:
     """What is drawn, before it is drawn."""
 
-    layout: str
+    layout: Layout
     groups: tuple[Group, ...]
     background: str
     size: tuple[int, int]
@@ -110,7 +108,7 @@ def sampled_scenes(world: World, split: str, kind: str) -> Iterator[tuple[Scene 
     if len(trained) < MAX_OBJECTS or (split == "validation" and not new):
         return
     for draw in world.draws(kind, split):
-        (layout,) = draw.choices(list(LAYOUTS), list(LAYOUTS.values()))
+        (layout,) = draw.choices(list(world.layouts), list(world.layouts.values()))
         base_grid = draw.choice(world.schedule.base_grids) if draw.random() < world.other_ratios else (1, 1)
         for _ in range(200):  # the layout stays: one with many things would else hardly ever pass for training
             first = draw.choice(new) if split == "validation" else None
@@ -131,13 +129,13 @@ def split_of_scene(scene: Scene) -> str:
 
 
 def sample_scene(
-    world: World, layout: str, base_grid: Grid, things: list[Thing], draw: random.Random, first: Thing | None = None
+    world: World, layout: Layout, base_grid: Grid, things: list[Thing], draw: random.Random, first: Thing | None = None
 ) -> Scene:
     """One scene.
 
     Args:
         world: gives ratios and size.
-        layout: a name of `LAYOUTS`.
+        layout: how its things stand.
         base_grid: its ratio.
         things: what may be in it.
         draw: decides the rest.
@@ -166,7 +164,7 @@ def sample_scene(
 
 
 def placed_scene(
-    layout: str, groups: tuple[Group, ...], background: str, size: tuple[int, int], draw: random.Random, alignment: int
+    layout: Layout, groups: tuple[Group, ...], background: str, size: tuple[int, int], draw: random.Random, alignment: int
 ) -> Scene:
     """A scene whose objects are placed where their groups belong, at multiples of `alignment` pixels."""
     objects: list[Placed] = []
@@ -176,7 +174,7 @@ def placed_scene(
     return Scene(layout=layout, groups=groups, background=background, size=size, objects=tuple(objects))
 
 
-def _counts(layout: str, num_groups: int, draw: random.Random) -> list[int]:
+def _counts(layout: Layout, num_groups: int, draw: random.Random) -> list[int]:
     if layout == "count":
         return [draw.randint(2, MAX_OBJECTS)]
     if layout == "groups":

@@ -1,16 +1,22 @@
 """What the OpenMoji sources share: the drawings of each split, the studio that draws them, and the form of a document."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from nextflow.datamodules.openmoji.catalogue import SPLITS, TONES, Drawing
 from nextflow.datamodules.openmoji.studio import Studio
 from nextflow.sequence.scales import ScaleSchedule
 
 Item = TypeVar("Item")
+Layout = Literal["single", "corner", "count", "pair", "groups", "row", "corners"]
+"""How the things of a composed scene stand."""
+LAYOUTS: Mapping[Layout, float] = {
+    "single": 2, "corner": 1, "count": 3, "pair": 3, "groups": 3, "row": 2, "corners": 1,
+}  # fmt: skip
+"""Layout to its share: how often it is drawn."""
 # Documents in a row that cannot be made before a source is taken to have none.
 MAX_MISSES = 50
 
@@ -42,6 +48,8 @@ class World:
     """Composed scenes place drawings at multiples of this many pixels."""
     other_ratios: float = 0.6
     """Share of composed scenes whose ratio is drawn from those of `schedule`; the others are square."""
+    layouts: Mapping[Layout, float] = field(default_factory=lambda: LAYOUTS)
+    """Layout of a composed scene to its share."""
 
     @cached_property
     def by_points(self) -> dict[tuple[int, ...], Drawing]:

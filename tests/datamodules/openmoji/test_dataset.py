@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -95,6 +96,14 @@ def test_the_quickstart_selection(catalogue):
     assert len(chosen) == 576 and sizes == {"train": 521, "validation": 31, "compositional": 24}
     assert len({drawing.group for drawing in chosen}) == 11
     assert chosen == select(catalogue.drawings, 576) != select(catalogue.drawings, 576, seed=1)
+
+
+def test_a_selection_with_more_people_has_more_whole_subjects(catalogue):
+    fewer, more = (select(catalogue.drawings, 600, people_fraction=fraction) for fraction in (0.25, 0.5))
+    assert len(fewer) == len(more) == 600
+    for chosen, number in ((fewer, 25), (more, 50)):
+        subjects = Counter(drawing.subject_key for drawing in chosen if drawing.named_tones)
+        assert len(subjects) == number and set(subjects.values()) == {5}
 
 
 def test_shards_hold_drawings_captions_and_attribution(output):

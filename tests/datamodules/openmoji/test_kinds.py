@@ -105,6 +105,9 @@ def test_the_same_bytes_come_again_and_other_kinds_make_it_anew(output, tmp_path
         ({"kinds": {"films": 3}}, "kinds: .'films'. do not exist; there are .'edits'"),
         ({"kinds": {"text": 3}, "languages": ["xx"]}, "languages: .'xx'. do not exist"),
         ({"kinds": {"text": 3}, "size": 48}, "size: 48 is no level of `schedule`"),
+        ({"layouts": {"heap": 1}}, "layouts: .'heap'. do not exist; there are .'corner'"),
+        ({"layouts": {"single": 0}}, "layouts: .* no layout with a share above 0"),
+        ({"people_fraction": 2}, "people_fraction: 2 is no share"),
     ],
 )
 def test_wrong_settings_name_their_key(tmp_path, options, message):

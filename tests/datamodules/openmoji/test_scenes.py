@@ -122,6 +122,12 @@ def test_ratios_are_those_of_the_schedule(world, documents):
     assert sizes <= possible and len(sizes) > 5 and (64, 64) in sizes
 
 
+def test_layouts_come_as_often_as_they_are_asked_for(world):
+    chosen = replace(world, layouts={"single": 3, "corner": 1, "row": 0})
+    found = Counter(scene.layout for scene, _ in islice(sampled_scenes(chosen, "train", "scenes"), 200) if scene)
+    assert set(found) == {"single", "corner"} and 120 < found["single"] < 180
+
+
 def test_aligned_drawings_stand_at_multiples_and_never_overlap(world):
     """With the stride of an image tokenizer the same drawing gives much the same codes wherever it stands."""
     aligned = replace(world, alignment=8, other_ratios=0.0)
