@@ -4,7 +4,7 @@
     flash       flash-attn, for calls without a mask or rows of one plain text (`attention_flash.py`). CUDA.
     spans       matrix products over the visible keys of each span of queries alone (`attention_spans.py`). Made for CPUs.
     dense       two matrix products and a softmax over all scores; in bfloat16 on a CPU the fastest for short rows.
-    pieces      a scale in cached decoding, some queries at a time (`attention_pieces.py`). Made for bfloat16 on CPUs.
+    pieces      a scale in cached decoding, some queries at a time (`attention_pieces.py`). Made for bfloat16 on CPUs without AMX.
     sdpa        `scaled_dot_product_attention` with a dense mask, which never holds all scores. Runs everywhere.
     reference   the definition, to compare with
 
@@ -51,7 +51,7 @@ def attention(
             when every query sees every key.
         implementation: "auto" takes for a packed batch flex on CUDA, and on CPU whichever of spans, dense (16 bits) and sdpa
             has the least to do; without a mask flash on CUDA when it is installed; for many queries that see the same keys
-            pieces in bfloat16 on CPU; otherwise sdpa. A named one runs or raises.
+            pieces in bfloat16 on a CPU without AMX; otherwise sdpa. A named one runs or raises.
 
     Returns:
         [B, H, N, D].

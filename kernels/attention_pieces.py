@@ -1,13 +1,16 @@
 """Attention on a CPU in 16 bits where all queries of a row see the same keys: a step of cached decoding.
 
-PyTorch's fused kernel makes its products in float32 there, at half the rate of products in bfloat16. Here each row and group
-of query heads is worked off in pieces of queries, two products and a softmax each, whose scores stay in the cache.
+PyTorch's fused kernel makes its products in float32 there, at half the rate of products in bfloat16, unless the processor has
+AMX, whose tiles it uses. Here each row and group of query heads is worked off in pieces of queries, two products and a softmax
+each, whose scores stay in the cache.
 
 Shapes: B batch, H query heads in G groups, G key/value heads, N queries, L keys, D head width; M queries of a group, m of a
 piece.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +27,13 @@ def is_faster_in_pieces(q_BHND: Tensor, k_BGLD: Tensor, mask_BNL: Tensor | None)
     """Whether `auto` takes `attention_pieces`."""
     queries = q_BHND.shape[1] // k_BGLD.shape[1] * q_BHND.shape[2]
     fits = q_BHND.device.type == "cpu" and q_BHND.dtype == torch.bfloat16 and queries >= LEAST_QUERIES
-    return fits and _why_not(q_BHND, k_BGLD, mask_BNL) is None
+    return fits and not has_amx() and _why_not(q_BHND, k_BGLD, mask_BNL) is None
+
+
+@lru_cache(maxsize=1)
+def has_amx() -> bool:
+    """Whether this processor multiplies bfloat16 in tiles."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 # Its loop depends on the batch and not on the graph.

@@ -206,7 +206,9 @@ def test_pieces_equal_the_reference_wherever_they_are_cut(monkeypatch, elements,
         torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_auto_takes_pieces_for_a_large_scale_in_bfloat16():
+def test_auto_takes_pieces_for_a_large_scale_in_bfloat16_unless_the_fused_kernel_has_tiles(monkeypatch):
+    monkeypatch.setattr(attention_pieces, "has_amx", lambda: False)
+
     def chosen(N, dtype, mask=None, grad=False):
         q, k = torch.empty(1, 4, N, 8, dtype=dtype, requires_grad=grad), torch.empty(1, 2, N + 3, 8, dtype=dtype)
         return module._choose(q, k, mask)
@@ -215,6 +217,8 @@ def test_auto_takes_pieces_for_a_large_scale_in_bfloat16():
     assert chosen(128, torch.bfloat16) == chosen(128, torch.bfloat16, of_keys) == "pieces"
     assert chosen(127, torch.bfloat16) == chosen(128, torch.float32) == "sdpa"
     assert chosen(128, torch.bfloat16, of_pairs) == chosen(128, torch.bfloat16, grad=True) == "sdpa"
+    monkeypatch.setattr(attention_pieces, "has_amx", lambda: True)
+    assert chosen(128, torch.bfloat16) == "sdpa"
 
 
 def test_masks_tiles_and_spans_are_built_once():
