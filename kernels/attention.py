@@ -2,9 +2,10 @@
 
     flex        FlexAttention: the law is its mask function and empty tiles are skipped (`attention_flex.py`). CUDA.
     flash       flash-attn, for calls without a mask or rows of one plain text (`attention_flash.py`). CUDA.
-    spans       matrix products over the visible keys of each span of queries alone (`attention_spans.py`). Made for CPUs.
+    spans       matrix products over stacks of short documents, and over the visible keys of each span of queries of long ones
+                (`attention_spans.py`). Made for CPUs.
     dense       two matrix products and a softmax over all scores; in bfloat16 on a CPU the fastest for short rows.
-    pieces      a scale in cached decoding, some queries at a time (`attention_pieces.py`). Made for bfloat16 on CPUs without AMX.
+    pieces      a scale in cached decoding, some queries at a time (`attention_pieces.py`). For bfloat16 on CPUs without AMX.
     sdpa        `scaled_dot_product_attention` with a dense mask, which never holds all scores. Runs everywhere.
     reference   the definition, to compare with
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from nextflow.kernels.attention_flash import can_flash, flash, has_flash
 from nextflow.kernels.attention_flex import flex
 from nextflow.kernels.attention_pieces import attention_pieces, is_faster_in_pieces
-from nextflow.kernels.attention_spans import attention_spans
+from nextflow.kernels.attention_spans import attention_spans, most_stacked_pairs
 from nextflow.kernels.implementation import announce
 from nextflow.kernels.visibility import Visibility, hidden_bias
 
@@ -127,9 +128,9 @@ def _choose(q_BHND: Tensor, k_BGLD: Tensor, visibility: Visibility | Tensor | No
         return "sdpa"
     H, all_scores = q_BHND.shape[1], q_BHND.shape[:3].numel() * k_BGLD.shape[2]
     if visibility.is_ordered():
-        spans = visibility.spans()
-        beside = SPAN_ELEMENTS.get(q_BHND.dtype, 0) * len(spans)
-        if H * sum(span.pairs for span in spans) + beside < all_scores:
+        pieces = [*visibility.spans(), *visibility.stacks(most_stacked_pairs(H), q_BHND.dtype)]
+        beside = SPAN_ELEMENTS.get(q_BHND.dtype, 0) * len(pieces)
+        if H * sum(piece.pairs for piece in pieces) + beside < all_scores:
             return "spans"
     return "dense" if all_scores <= DENSE_ELEMENTS and q_BHND.dtype != torch.float32 else "sdpa"
 

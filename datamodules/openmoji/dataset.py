@@ -63,8 +63,8 @@ class OpenMojiConfig:
     max_drawings: int | None = None
     """How many drawings over all splits, a varied selection fixed by this number and the seed; all 3,953 if not given."""
     people_fraction: float = 0.25
-    """Share of a selection that are subjects in skin tones. Each is there in all its tones, one of which training never shows: with
-    more subjects there is more to learn a tone from."""
+    """Share of a selection that are subjects in skin tones. Each is there in all its tones, one of which training never shows:
+    with more subjects there is more to learn a tone from."""
     layouts: dict[Layout, float] = field(default_factory=lambda: dict(LAYOUTS))
     """How often composed scenes are: one thing alone or in a corner, several of one, a pair, two groups, a row, two corners."""
     groups: list[str] | None = None

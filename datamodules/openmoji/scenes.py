@@ -164,7 +164,12 @@ def sample_scene(
 
 
 def placed_scene(
-    layout: Layout, groups: tuple[Group, ...], background: str, size: tuple[int, int], draw: random.Random, alignment: int
+    layout: Layout,
+    groups: tuple[Group, ...],
+    background: str,
+    size: tuple[int, int],
+    draw: random.Random,
+    alignment: int,
 ) -> Scene:
     """A scene whose objects are placed where their groups belong, at multiples of `alignment` pixels."""
     objects: list[Placed] = []

@@ -119,10 +119,12 @@ def test_bfloat16_stays_near_the_reference(implementation):
 
 @pytest.mark.parametrize("limits", [(64, 128, 2**20), (3, 5, 40), (1, 1, 1)], ids=["default", "small", "tiny"])
 @pytest.mark.parametrize("block_length", [1, 4, 70])
-def test_spans_are_exact_wherever_they_are_cut(monkeypatch, limits, block_length):
+@pytest.mark.parametrize("stacked", [0, 100, 320])
+def test_spans_and_stacks_are_exact_wherever_they_are_cut(monkeypatch, limits, block_length, stacked):
     whole, shared, elements = limits
     monkeypatch.setattr(visibility, "WHOLE_BLOCK", whole)
     monkeypatch.setattr(visibility, "SHARED_SPAN", shared)
+    monkeypatch.setattr(visibility, "STACKED_DOCUMENT", stacked)
     monkeypatch.setattr(attention_spans, "PIECE_ELEMENTS", elements)
     inputs, slope = inputs_of(2, 4, 2, 230, 6)
     law = packed(2, 230, block_length)
@@ -132,17 +134,34 @@ def test_spans_are_exact_wherever_they_are_cut(monkeypatch, limits, block_length
 
 
 def test_spans_hold_little_more_than_what_is_visible():
-    """Three documents: 64 text ids and scales of 1, 4, 9, ... 256 cells; a text of 300 ids; a picture and text behind it."""
+    """Three documents: 64 text ids and scales of 1, 4, 9, ... 256 cells; a text of 400 ids; a picture and text behind it."""
     scales = [side * side for side in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)]
-    documents = [[1] * 64 + scales, [1] * 300, scales + [1] * 64]
-    document = torch.cat([torch.full((sum(blocks),), d) for d, blocks in enumerate(documents)])
-    block = torch.cat([torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)) for blocks in documents])
-    law = Visibility(document[None], block[None])
+    law = law_of([1] * 64 + scales, [1] * 400, scales + [1] * 64)
     spans = law.spans()
     covered = torch.cat([torch.arange(span.queries.start, span.queries.stop) for span in spans])
-    assert torch.equal(covered, torch.arange(len(document)))
+    assert torch.equal(covered, torch.arange(law.document_BL.numel())) and not law.stacks(2**20, torch.float32)
     visible = int(law.mask_BLL().sum())
-    assert visible <= sum(span.pairs for span in spans) < 1.15 * visible
+    assert visible <= sum(span.pairs for span in spans) < 1.2 * visible
+
+
+def test_short_documents_of_one_length_are_stacked():
+    """Three of 200 to 216 positions, one of 30, and one that is too long for it."""
+    law = law_of([1] * 10 + [206], [1] * 200, [1] * 30, [400], [1] * 12 + [200])
+    longer, shorter = law.stacks(2**20, torch.bfloat16)
+    assert longer.position_nm.shape == (3, 216) and shorter.position_nm.shape == (1, 30)
+    assert [(span.queries.start, span.queries.stop) for span in law.spans()] == [(446, 846)]
+    assert len(longer.behind_P) == 16 + 4 and longer.bias_n1mm.dtype == torch.bfloat16
+    flat = torch.cat([stack.position_nm.flatten()[stack.real_P] for stack in (longer, shorter)])
+    outside = torch.cat([torch.arange(446), torch.arange(846, law.document_BL.numel())])
+    assert torch.equal(flat.sort().values, outside)
+    assert [len(stack.position_nm) for stack in law.stacks(2 * 216**2, torch.float32)] == [2, 1, 1]
+
+
+def law_of(*documents):
+    """One row of documents, each given by the lengths of its blocks."""
+    document = torch.cat([torch.full((sum(blocks),), d) for d, blocks in enumerate(documents)])
+    block = torch.cat([torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks)) for blocks in documents])
+    return Visibility(document[None], block[None])
 
 
 def test_law_by_brute_force():
