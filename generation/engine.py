@@ -193,25 +193,16 @@ def _results(jobs: list[Job], tokenizer: Tokenizer | None) -> list[GenerationRes
     """Results of the jobs; their pictures are decoded, complete ones once."""
     if tokenizer is None:
         return [job.result(()) for job in jobs]
-    # What is not decoded yet: complete pictures, and the one under way. Those of the same grids and scales go together.
-    groups: dict[tuple, list[tuple[Job, int]]] = {}
-    for job in jobs:
-        for number in range(len(job.images), len(job.pictures)):
-            under_way = job.scale is not None and number == len(job.pictures) - 1
-            num_scales = job.num_scales if under_way else len(job.grids)
-            if num_scales:
-                groups.setdefault((job.grids, num_scales), []).append((job, number))
-    decoded: dict[tuple[int, int], Tensor] = {}
-    for (grids, num_scales), group in groups.items():
-        codes_BN = torch.stack([job.pictures[number] for job, number in group])[:, : num_codes_of(grids[:num_scales])]
-        pixels_BHWC = decode_pixels(tokenizer, codes_BN, grids, num_scales)
-        decoded.update({(job.index, number): pixels for (job, number), pixels in zip(group, pixels_BHWC)})
     results = []
     for job in jobs:
         images = [*job.images]
         for number in range(len(images), len(job.pictures)):
-            if (job.index, number) in decoded:
-                images.append(decoded[job.index, number])
+            under_way = job.scale is not None and number == len(job.pictures) - 1
+            num_scales = job.num_scales if under_way else len(job.grids)
+            if num_scales:
+                # One by one: rounding depends on the size of a batch, and a picture is not to depend on the others.
+                code_1N = job.pictures[number][None, : num_codes_of(job.grids[:num_scales])]
+                images.append(decode_pixels(tokenizer, code_1N, job.grids, num_scales)[0])
         job.images = images[: len(job.pictures) - (job.scale is not None)]
         results.append(job.result(tuple(images)))
     return results

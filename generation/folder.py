@@ -42,6 +42,8 @@ class System(NamedTuple):
     layout: LayoutConfig
     sampling: SamplingConfig
     guidance: Guidance
+    levels: tuple[int, ...]
+    """Levels of the pictures that it was trained on; empty where that is not known."""
 
 
 def write_folder(system: System, folder: str | Path) -> None:
@@ -59,6 +61,7 @@ def write_folder(system: System, folder: str | Path) -> None:
         "layout": asdict(system.layout),
         "sampling": asdict(system.sampling),
         "guidance": system.guidance,
+        "levels": system.levels,
         "fingerprints": {
             "image_tokenizer": system.tokenizer.fingerprint(),
             "text_tokenizer": system.text_tokenizer.fingerprint(),
@@ -113,6 +116,7 @@ def read_folder(folder: str | Path, dtype: torch.dtype = torch.float32) -> Syste
         LayoutConfig(**config["layout"]),
         SamplingConfig(**config["sampling"]),
         tuple(guidance) if isinstance(guidance, list) else guidance,
+        tuple(config.get("levels", ())),
     )
 
 
@@ -156,7 +160,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def _card(system: System) -> str:
     config, schedule = system.transformer.config, system.tokenizer.schedule
     parameters = sum(parameter.numel() for parameter in system.transformer.parameters())
-    levels = ", ".join(f"{level} ({count} scales)" for level, count in schedule.levels.items())
+    trained = system.levels or tuple(schedule.levels)
+    levels = ", ".join(f"{level} ({schedule.num_scales(level)} scales)" for level in trained)
     return f"""---
 library_name: nextflow
 pipeline_tag: any-to-any

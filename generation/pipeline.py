@@ -86,6 +86,7 @@ class NextFlowPipeline:
         layout: the layout it was trained with.
         sampling: how to draw, unless a call says otherwise.
         guidance: of pictures, unless a call says otherwise.
+        levels: those of the pictures it was trained on; empty takes any of the schedule.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class NextFlowPipeline:
         layout: LayoutConfig,
         sampling: SamplingConfig | None = None,
         guidance: Guidance = 0.0,
+        levels: tuple[int, ...] = (),
     ) -> None:
         self.transformer, self.tokenizer, self.text_tokenizer = transformer.eval(), tokenizer.eval(), text_tokenizer
         self.layout, self.sampling, self.guidance = layout, sampling or SamplingConfig(), guidance
+        self.levels = levels or tuple(self.schedule.levels)
 
     @classmethod
     def from_pretrained(
@@ -112,7 +115,15 @@ class NextFlowPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything that `from_pretrained` needs, as safetensors in the layout of the Hugging Face hub."""
         write_folder(
-            System(self.transformer, self.tokenizer, self.text_tokenizer, self.layout, self.sampling, self.guidance),
+            System(
+                self.transformer,
+                self.tokenizer,
+                self.text_tokenizer,
+                self.layout,
+                self.sampling,
+                self.guidance,
+                self.levels,
+            ),
             folder,
         )
 
@@ -137,7 +148,7 @@ class NextFlowPipeline:
         """Answer requests as one batch, in their order.
 
         Args:
-            requests: of `request`; they may differ in everything. Words alone ask for a picture of the highest level.
+            requests: of `request`; they may differ in everything. Words alone ask for a picture of the highest level trained.
             sampling: how to draw; None takes the pipeline's own.
             logprobs: whether to also score what is drawn under the model itself.
         """
@@ -186,7 +197,7 @@ class NextFlowPipeline:
         Args:
             prompt: words, a picture, or several of both.
             task: "image", "text", "reasoning" (a text, then a picture) or "interleaved".
-            level: of the pictures, the prompt's included; None is the highest.
+            level: of the pictures, the prompt's included; None is the highest that was trained.
             aspect_ratio: height / width of generated pictures.
             seed: of this request's random numbers.
             guidance: see `GenerationRequest`; None takes the pipeline's own.
@@ -197,8 +208,13 @@ class NextFlowPipeline:
 
         Raises ValueError for a level, ratio or value that there is not.
         """
-        level = max(self.schedule.levels) if level is None else level
+        level = max(self.levels) if level is None else level
         draws = task != "text"
+        if draws and level in self.schedule.levels and level not in self.levels:
+            raise ValueError(
+                f"this transformer was trained at level {', '.join(map(str, self.levels))} alone: ask for one of these, "
+                f"not for level {level}"
+            )
         grids = self.schedule.grids(level, aspect_ratio) if given is None else given.grids
         return GenerationRequest(
             segments=self.segments(prompt, level),
@@ -214,7 +230,7 @@ class NextFlowPipeline:
 
     def coarse(self, picture: Image.Image, num_scales: int, level: int | None = None) -> Given:
         """Keep the first `num_scales` scales of a picture: the layout stays, the details vary."""
-        segment = self.encode(picture, max(self.schedule.levels) if level is None else level)
+        segment = self.encode(picture, max(self.levels) if level is None else level)
         assert segment.codes is not None
         return Given(keep_scales(segment.codes, segment.grids, num_scales), segment.grids)
 
@@ -225,7 +241,7 @@ class NextFlowPipeline:
         """
         if mask.size != picture.size:
             raise ValueError(f"the mask is {mask.size}, the picture {picture.size} (width, height): they must be equal")
-        segment = self.encode(picture, max(self.schedule.levels) if level is None else level)
+        segment = self.encode(picture, max(self.levels) if level is None else level)
         assert segment.codes is not None
         height, width = segment.grids[-1]
         pixels = (height * self.schedule.stride, width * self.schedule.stride)

@@ -1,7 +1,8 @@
-"""What has to agree for a transformer to train or answer: the data, the checkpoint, the two tokenizers and the layout."""
+"""What has to agree for a transformer to train or answer: the data, the checkpoint, the tokenizers, layout and levels."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -47,8 +48,27 @@ def describe(module: Any, fingerprint: str) -> dict[str, Any]:
         "layout": asdict(module.layout),
         "tokenizer": fingerprint,
         "text_tokenizer": module.text_tokenizer.to_json(),
+        "levels": sorted(module.trained_levels),
         "ema": module.ema is not None,
     }
+
+
+def check_levels(module: Any, prompts: Iterable[Any]) -> None:
+    """Refuse to draw at a level that no stage has trained: its scales are as they were initialised.
+
+    Args:
+        module: a PretrainingModule; one that was never trained draws at any level.
+        prompts: of a PromptBatch.
+
+    Raises ValueError naming the level and those that there are.
+    """
+    trained = module.trained_levels
+    wrong = sorted({prompt.level for prompt in prompts if prompt.task != "text"} - trained) if trained else []
+    if wrong:
+        raise ValueError(
+            f"data.level: pictures of level {wrong[0]} are asked for, but the checkpoint was trained at level "
+            f"{', '.join(map(str, sorted(trained)))} alone: ask for one of these, or train it at level {wrong[0]}"
+        )
 
 
 def check_checkpoint(module: Any, fingerprint: str, checkpoint: dict[str, Any]) -> None:

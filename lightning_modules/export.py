@@ -129,5 +129,6 @@ def export(
         layout=loaded.layout,
         sampling=sampling,
         guidance=guidance,
+        levels=loaded.levels,
     ).save_pretrained(output)
     return Path(output)

@@ -20,7 +20,7 @@ from nextflow.generation.requests import Generated, GenerationRequest
 from nextflow.generation.sampling import SamplingConfig
 from nextflow.kernels.attention import Implementation
 from nextflow.kernels.linear_cross_entropy import LinearCrossEntropy
-from nextflow.lightning_modules.agreement import check_checkpoint, check_data, describe
+from nextflow.lightning_modules.agreement import check_checkpoint, check_data, check_levels, describe
 from nextflow.lightning_modules.answering import generated_of, request_of
 from nextflow.lightning_modules.checkpoint_state import check_average, number_optimizer_states
 from nextflow.lightning_modules.encoding import count_corrected, encode_pixels, rows_with_codes
@@ -109,6 +109,7 @@ class PretrainingModule(BeginsFromFile):
         self._seed = int(torch.randint(2**62, ()))  # here: some strategies seed torch anew before the layers are built
         self.shard: Any = None
         self.keeps_ema = False
+        self.trained_levels: set[int] = set()
         self.transformer: Any = None  # a Transformer, once configure_model has run
         self.ema: Any = None  # another, if keeps_ema
         frozen = load_tokenizer(tokenizer)
@@ -154,7 +155,8 @@ class PretrainingModule(BeginsFromFile):
 
     def _start(self, model: Transformer) -> None:
         if self.initialize_from is not None:
-            initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
+            levels = initialize(model, self.initialize_from, self._fingerprint, self.initialize_weights)
+            self.trained_levels.update(levels)
 
     def _prepare(self, model: Transformer) -> None:
         model.set_attention(self.attention)
@@ -175,6 +177,8 @@ class PretrainingModule(BeginsFromFile):
     def training_step(self, batch, batch_idx: int) -> Tensor:
         """Weighted cross-entropy of a PackedBatch, divided by the global number of targets."""
         rows = self._with_codes(batch)
+        if len(rows.code_N):
+            self.trained_levels.add(batch.level)
         tokens = self._tokens(rows)
         count = self._sum_over_ranks(rows.num_targets.float()).clamp(min=1)
         self._targets.append(count)
@@ -247,6 +251,8 @@ class PretrainingModule(BeginsFromFile):
         """Answer a PromptBatch: an image or a text per prompt, in order."""
         from nextflow.generation.engine import generate
 
+        if self.trainer.state.fn != "fit":  # a run may look at a level before it trains it
+            check_levels(self, batch.prompts)
         requests = [self.request(prompt) for prompt in batch.prompts]
         results = generate(
             self.transformer, requests, layout=self.layout, tokenizer=self.tokenizer, sampling=self.sampling
@@ -282,6 +288,7 @@ class PretrainingModule(BeginsFromFile):
         """
         super().on_load_checkpoint(checkpoint)
         check_checkpoint(self, self._fingerprint, checkpoint)
+        self.trained_levels.update(checkpoint[CHECKPOINT_KEY].get("levels", ()))
         check_average(self, checkpoint, checkpoint[CHECKPOINT_KEY].get("ema", False))
 
     # Pieces

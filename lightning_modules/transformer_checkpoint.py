@@ -47,6 +47,8 @@ class LoadedTransformer(NamedTuple):
     layout: LayoutConfig
     tokenizer_fingerprint: str
     text_tokenizer: TextTokenizer
+    levels: tuple[int, ...]
+    """Levels of the pictures that it was trained on."""
 
 
 def load_transformer(
@@ -74,12 +76,13 @@ def load_transformer(
         LayoutConfig(**stored["layout"]),
         stored["tokenizer"],
         TextTokenizer.from_json(stored["text_tokenizer"]),
+        tuple(stored.get("levels", ())),
     )
 
 
 def initialize(
     transformer: Transformer, path: str | Path, tokenizer_fingerprint: str, weights: Weights = "trained"
-) -> None:
+) -> tuple[int, ...]:
     """Fill a transformer, sharded or not, with what a stage begins with; all ranks take part.
 
     Args:
@@ -87,6 +90,9 @@ def initialize(
         path: checkpoint of an earlier stage, or folder of Qwen2.5-VL safetensors.
         tokenizer_fingerprint: the image tokenizer's, which an earlier stage must have been trained with.
         weights: which of an earlier stage's weights.
+
+    Returns:
+        The levels of the pictures that the source was trained on: none for Qwen2.5-VL.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -98,7 +104,7 @@ def initialize(
             raise ValueError(f"initialize_weights: 'ema' needs a checkpoint of a PretrainingModule, {path} is none")
         for name, rows in qwen2_5_vl_rows(_safetensors(path), ours, transformer.config).items():
             copy_rows(ours[name], rows)
-        return
+        return ()
     stored, source = _open(path, "initialize_from", weights)
     if stored["tokenizer"] != tokenizer_fingerprint:
         raise ValueError(
@@ -106,6 +112,7 @@ def initialize(
             f"but model.tokenizer is {tokenizer_fingerprint}"
         )
     source.fill(ours)
+    return tuple(stored.get("levels", ()))
 
 
 class _Opened(NamedTuple):

@@ -9,6 +9,7 @@ Pictures in the metadata ("sources", "reference") travel as PNG too. `rewards/se
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -82,8 +83,8 @@ class RemoteReward(Reward):
                 failure = f"status {error.code}: {error.read(500).decode(errors='replace').strip()}"
                 if error.code < 500:  # the request itself is wrong: sending it again will not help
                     break
-            except (OSError, TimeoutError) as error:
-                failure = str(getattr(error, "reason", error)) or type(error).__name__
+            except (OSError, http.client.HTTPException) as error:  # no answer, none in time, or one that breaks off
+                failure = f"{type(error).__name__}: {getattr(error, 'reason', error)}"
         raise RuntimeError(
             f"the reward server at {self.url} failed {attempt + 1} times, at last with: {failure}. Start it again and resume "
             "with --ckpt_path: training goes on from the last checkpoint exactly; see also `timeout` and `retries`"

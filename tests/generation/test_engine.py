@@ -42,7 +42,7 @@ def test_cached_logprobs_are_those_of_teacher_forcing(studio, transformer, layou
 
 @torch.no_grad()
 def test_what_is_drawn_from_is_the_guided_tempered_model(studio, transformer):
-    """Guided log-probabilities of every picture code, and restricted ones of text, from the training path."""
+    """Guided log-probabilities of every picture code, from the training path."""
     requests = studio.requests()
     offset = transformer.vocabulary.code_offset
     for result in generate(transformer, requests, layout=LAYOUT, sampling=SamplingConfig(temperature=0.7)):
@@ -96,6 +96,24 @@ def test_a_sample_does_not_depend_on_its_batch(studio, sampling):
         assert torch.equal(alone.codes, a.codes) and torch.equal(alone.codes, b.codes)
         assert alone.text_ids == a.text_ids == b.text_ids
         assert torch.equal(alone.is_action, a.is_action)
+
+
+def test_each_scale_and_text_is_drawn_by_its_own_rule(studio, transformer):
+    """What the most likely id alone may be has the probability 1, and whatever is drawn freely has less."""
+    picture = studio.requests()[1]
+    first = SamplingConfig(top_k=[1, 0, 1])
+    later = SamplingConfig(temperature=[1.0, 1e-4], top_p=[1.0, 0.01])
+    cells = [height * width for height, width in picture.grids]
+    for sampling, is_free in ((first, lambda scale: scale == 1), (later, lambda scale: scale == 0)):
+        (result,) = generate(transformer, [picture], layout=LAYOUT, sampling=sampling)
+        for scale, logprob_N in enumerate(result.sampled_logprobs.split(cells)):
+            assert (logprob_N < 0).all() if is_free(scale) else (logprob_N == 0).all(), scale
+    caption = studio.requests()[7]
+    for rule in ({"text_top_k": 1}, {"text_top_p": 1e-3}, {"text_temperature": 1e-5}):
+        (fixed,) = generate(transformer, [caption], layout=LAYOUT, sampling=SamplingConfig(**rule))
+        assert (fixed.sampled_logprobs == 0).all(), rule
+    (free,) = generate(transformer, [caption], layout=LAYOUT, sampling=SamplingConfig(top_k=1))
+    assert (free.sampled_logprobs < 0).all()
 
 
 def test_seeds_matter_and_greedy_ignores_them(studio, transformer):

@@ -111,6 +111,34 @@ def test_requests_are_those_of_the_engine(pipeline):
     assert answer.result.logprobs.shape == result.codes.shape
 
 
+def test_a_picture_does_not_depend_on_its_batch(pipeline):
+    """To the last bit of its pixels: alone, among others of its size, and among others of any."""
+    apples = [pipeline.request("a red apple", seed=seed) for seed in range(6)]
+    others = [pipeline.request("a blue ball", level=32, aspect_ratio=0.55, seed=7), pipeline.request(photo(), seed=8)]
+    together = pipeline.generate([*apples, *others])
+    for request, answer in zip([*apples, *others], together):
+        (alone,) = pipeline.generate(request)
+        assert alone.image.tobytes() == answer.image.tobytes()
+    assert [answer.image.tobytes() for answer in pipeline.generate(apples[:3])] == [
+        answer.image.tobytes() for answer in together[:3]
+    ]
+
+
+def test_a_level_that_was_not_trained_is_refused(pipeline, folder, tmp_path):
+    """The schedule has 32 and 64; a transformer of the first stage has seen 32 alone, and says so in its folder."""
+    small = NextFlowPipeline(
+        transformer=pipeline.transformer, tokenizer=pipeline.tokenizer, text_tokenizer=pipeline.text_tokenizer,
+        layout=pipeline.layout, levels=(32,),
+    )  # fmt: skip
+    small.save_pretrained(tmp_path / "small")
+    loaded = NextFlowPipeline.from_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="was trained at level 32 alone: ask for one of these, not for level 64"):
+        loaded.request("a red apple", level=64)
+    assert loaded.generate("a red apple")[0].image.size == (32, 32)
+    assert "32 (4 scales)" in (tmp_path / "small/README.md").read_text()
+    assert NextFlowPipeline.from_pretrained(folder).levels == (32, 64)
+
+
 def test_details_and_masks_keep_the_rest_of_a_picture(pipeline):
     codes_N = pipeline.encode(photo(), 64).codes
     coarse = pipeline.coarse(photo(), 3)

@@ -41,6 +41,7 @@ class Batch:
 
     rows: PackedRows
     images: tuple = ()
+    level: int = 32
 
     def to(self, device, non_blocking=False):
         return replace(self, rows=self.rows.to(device))

@@ -45,13 +45,16 @@ def run(tmp_path_factory):
         text_tokenizer=str(folder / "text"),
     )
     module.configure_model()
+    module.trained_levels = {32}
     save(module, folder / "last.ckpt")
     settings = {
         "transformer": DECODER, "tokenizer": str(folder / "tokenizer.ckpt"), "text_tokenizer": str(folder / "text"),
         "guidance": 1.5, "sampling": {"top_k": [4, 2], "greedy": False},
     }  # fmt: skip
     model = {"class_path": "nextflow.lightning_modules.pretraining.PretrainingModule", "init_args": settings}
-    prompts = {"text_tokenizer": str(folder / "text"), "level": 32, "prompts": ["a red dog"]}
+    grids = [list(grid) for grid in SCHEDULE.base_grids]
+    schedule = {"sides": [1, 2, 4], "levels": {16: 2, 32: 3}, "stride": 8, "base_grids": grids}
+    prompts = {"text_tokenizer": str(folder / "text"), "level": 32, "prompts": ["a red dog"], "schedule": schedule}
     data = {"class_path": "nextflow.datamodules.prompts.PromptDataModule", "init_args": prompts}
     (folder / "predict.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
     return folder, module
@@ -66,12 +69,29 @@ def test_the_exported_pipeline_draws_what_the_module_draws(run):
     export(folder, "--ckpt_path", str(folder / "last.ckpt"))
     pipeline = NextFlowPipeline.from_pretrained(folder / "hub")
     assert pipeline.guidance == 1.5 and pipeline.sampling.top_k == [4, 2] and pipeline.layout == module.layout
+    assert pipeline.levels == (32,)
     request = pipeline.request("a red dog", seed=3)
     (answer,) = pipeline.generate(request)
     (result,) = generate(
         module.transformer, [request], layout=module.layout, tokenizer=module.tokenizer, sampling=pipeline.sampling
     )
     assert torch.equal(answer.result.codes, result.codes) and torch.equal(answer.result.image, result.image)
+
+
+def test_predict_refuses_a_level_that_was_not_trained(run):
+    folder, _ = run
+    words = [
+        "predict",
+        "-c",
+        str(folder / "predict.yaml"),
+        "--ckpt_path",
+        str(folder / "last.ckpt"),
+        "--data.level",
+        "16",
+    ]
+    words += ["--trainer.logger", "false", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)]
+    with pytest.raises(SystemExit, match=r"data\.level: pictures of level 16 .* trained at level 32 alone"):
+        main(words)
 
 
 def test_mistakes_name_the_option(run, capsys):

@@ -12,7 +12,7 @@ from nextflow.generation.rollouts import action_rows
 from nextflow.generation.sampling import SamplingConfig
 from nextflow.lightning_modules.grpo import GRPOModule
 from nextflow.lightning_modules.grpo_learner import micro_batches, normalise
-from nextflow.lightning_modules.grpo_objective import ObjectiveConfig, policy_loss
+from nextflow.lightning_modules.grpo_objective import ObjectiveConfig, middle_return, policy_loss
 from nextflow.lightning_modules.grpo_rollouts import RolloutConfig, roll_out
 from nextflow.lightning_modules.pretraining import PretrainingModule
 from nextflow.lightning_modules.tokenizer import TokenizerModule
@@ -79,7 +79,27 @@ def paths(folder):
     }
 
 
-def make(folder, **changes):
+class Watched(GRPOModule):
+    """Remembers what a round hands on: requests, returns, and what the learner gets."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.requests, self.returns, self.learnt = [], [], []
+
+    def _answer(self, requests):
+        self.requests += requests
+        return super()._answer(requests)
+
+    def _advantages(self, reward_N, scores):
+        self.returns.append(reward_N)
+        return super()._advantages(reward_N, scores)
+
+    def _optimise(self, batches, advantage_N):
+        self.learnt.append(batches)
+        super()._optimise(batches, advantage_N)
+
+
+def make(folder, module=GRPOModule, **changes):
     torch.manual_seed(0)
     options = {
         "rewards": {"brightness": Brightness()},
@@ -88,7 +108,7 @@ def make(folder, **changes):
         "initialize_from": str(folder / "start.ckpt"),
         "micro_batch_size": 4,
     }
-    return GRPOModule(**paths(folder), **{**options, **changes})
+    return module(**paths(folder), **{**options, **changes})
 
 
 def prompts(folder, **changes):
@@ -159,7 +179,7 @@ def test_the_loss_is_that_of_one_large_batch_and_of_the_formula(folder, loss_typ
         for batch in batches:
             logprob_T, _ = module.logprobs(module.transformer, batch)
             policy_loss(logprob_T, logprob_T.detach(), None, advantage_N, batch.actions, objective).total.backward()
-        gradients.append(module.transformer.head.weight.grad)
+        gradients.append({name: value.grad for name, value in module.transformer.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
     module, requests = built(folder, objective=objective)
     rollouts, _ = laid_out(module, requests)
@@ -170,7 +190,8 @@ def test_the_loss_is_that_of_one_large_batch_and_of_the_formula(folder, loss_typ
     # At ratio 1 the gradient of ratio * A is A times that of the log-probability.
     loss = -((logprob_NK * (k / k.sum())).sum(dim=1) * advantage_N).mean()
     loss.backward()
-    torch.testing.assert_close(module.transformer.head.weight.grad, gradients[0], rtol=1e-4, atol=1e-7)
+    for name, value in module.transformer.named_parameters():
+        torch.testing.assert_close(value.grad, gradients[0][name], rtol=1e-4, atol=1e-7)
 
 
 def test_ratio_is_exactly_one_until_weights_change(folder):
@@ -196,6 +217,10 @@ def test_logs(folder):
         assert run.callback_metrics[f"grpo/{name}"].isfinite(), name
     assert run.callback_metrics["grpo/reward"] == pytest.approx(2 * run.callback_metrics["grpo/rewards/a/mean"])
     assert run.callback_metrics["grpo/kl"] > 0  # of the second step
+    per_reward = [
+        torch.stack([image.float().mean() / 255 for image in call[0]]) for call in module.rewards.rewards["b"].calls
+    ]
+    assert run.callback_metrics["grpo/rewards/b/std"] == pytest.approx(float(per_reward[-1].std()), rel=1e-4)
     last = module.last_rollouts
     assert len(last.images) == len(last.prompts) == len(last.rewards) == 6 and last.prompts[0] == last.prompts[2]
 
@@ -237,11 +262,18 @@ def test_middle_return_trains_prefix_and_suffix_in_turn(folder):
             torch.testing.assert_close(
                 module.logprobs(module.transformer, batch)[0], batch.sampler_T, rtol=0, atol=1e-4
             )
-    fitted = make(folder, rollouts=config)
+    fitted = make(folder, Watched, rollouts=config)
     run = trainer(folder, max_steps=4)
     run.fit(fitted, datamodule=prompts(folder))
     # A prefix's return is over two answers, so rewards are asked for twice a batch, and once for suffixes.
-    assert len(fitted.rewards.rewards["brightness"].calls) == 3 * 2 + 1
+    calls = fitted.rewards.rewards["brightness"].calls
+    assert len(calls) == 3 * 2 + 1
+    scores = [torch.stack([image.float().mean() / 255 for image in images]) for images, _, _ in calls]
+    for batch in range(3):
+        expected = middle_return(torch.stack(scores[2 * batch : 2 * batch + 2], dim=1), config.eta)
+        torch.testing.assert_close(fitted.returns[batch], expected)
+        assert not torch.equal(fitted.returns[batch], scores[2 * batch])
+    torch.testing.assert_close(fitted.returns[3], scores[-1])
 
 
 def test_masks_leave_codes_out(folder):
@@ -257,11 +289,36 @@ def test_masks_leave_codes_out(folder):
             torch.testing.assert_close(
                 module.logprobs(module.transformer, batch)[0], batch.sampler_T, rtol=0, atol=1e-4
             )
-    trainer(folder).fit(make(folder, rollouts=rollouts), datamodule=prompts(folder))
+    fitted = make(folder, Watched, rollouts=rollouts)
+    trainer(folder).fit(fitted, datamodule=prompts(folder))
+    for batch in (batch for batches in fitted.learnt for batch in batches):  # `Brightness` looks at the upper half
+        counts = torch.bincount(batch.actions.scale_T, minlength=4) / len(batch.actions.rollout_T.unique())
+        assert counts.tolist() == [0, 1, 2, 8]
 
 
-def test_an_interrupted_run_goes_on_exactly(folder, tmp_path):
+def test_roll_outs_are_guided_and_the_reference_stays(folder):
+    module = make(folder, Watched, guidance=2.0, objective=ObjectiveConfig(beta=0.1))
+    run = trainer(folder)
+    run.fit(module, datamodule=prompts(folder))
+    assert module.requests and all(request.guidance == 2.0 for request in module.requests)
+    start = module.build(from_start=True).state_dict()
+    for name, value in module.reference.state_dict().items():
+        assert torch.equal(value, start[name])
+    assert not torch.equal(module.transformer.head.weight, start["head.weight"])
+
+
+def test_a_level_that_was_not_trained_is_refused(folder):
+    module = make(folder)
+    module.trained_levels = {32}
+    with pytest.raises(ValueError, match=r"data\.level: pictures of level 16 are asked for.*trained at level 32 alone"):
+        trainer(folder).fit(module, datamodule=prompts(folder, level=16))
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_an_interrupted_run_goes_on_exactly(folder, tmp_path, in_turn):
+    prefix = {"prefix_scales": 2, "middle_return": True, "prefix_updates": 1} if in_turn else {}
     options = {
+        "rollouts": RolloutConfig(num_generations=3, **prefix),
         "objective": ObjectiveConfig(beta=0.05),
         "num_iterations": 2,
         "optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-2),

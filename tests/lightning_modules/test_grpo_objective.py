@@ -48,6 +48,32 @@ def test_gradient_on_a_policy_of_three_actions_is_the_closed_form():
     assert torch.equal(loss.ratio_T, torch.ones(6)) and not loss.low_T.any() and not loss.high_T.any()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_gradient_after_an_update_is_the_closed_form(beta):
+    """Every action drawn in proportion to the old policy, ratios inside of the clipping range: importance sampling makes the
+    reward's part that of the new policy, p_a (sum_b p_b A_b - A_a); that of k3 is
+    beta sum_b old_b (1 - ref_b / p_b) (1[a = b] - p_a)."""
+    drawn = torch.tensor([0, 1, 1, 2, 2, 2])
+    old = torch.tensor([1 / 6, 2 / 6, 3 / 6])
+    logits = torch.tensor([0.1, 0.6, 1.2], requires_grad=True)
+    reference = torch.tensor([0.25, 0.25, 0.5])
+    logprob, actions = bandit(logits, drawn)
+    config = ObjectiveConfig(epsilon=0.9, epsilon_high=9.0, beta=beta)
+    advantage_N = REWARDS[drawn] - REWARDS[drawn].mean()
+    loss = policy_loss(
+        logprob, old.log()[drawn], reference.log()[drawn] if beta else None, advantage_N, actions, config
+    )
+    loss.total.backward()
+    p = logits.detach().softmax(0)
+    advantage = REWARDS - REWARDS[drawn].mean()
+    expected = -p * (advantage - (p * advantage).sum())
+    expected += beta * sum(old[b] * (1 - reference[b] / p[b]) * (torch.eye(3)[b] - p) for b in range(3))
+    torch.testing.assert_close(logits.grad, expected)
+    kl = (old * (reference / p - (reference / p).log() - 1)).sum()
+    torch.testing.assert_close(loss.total.detach(), beta * kl - (p * advantage).sum(), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(loss.ratio_T, torch.ones(6)) and not (loss.low_T | loss.high_T).any()
+
+
 def test_loss_after_an_update_is_the_clipped_sum_by_hand():
     old, new = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.1, 0.45, 0.45])
     logprob, actions = bandit(new.log(), torch.tensor([0, 1, 2]))

@@ -32,6 +32,7 @@ class Batch:
     rows: PackedRows
     images: tuple = ()
     grids: tuple[tuple[Grid, ...], ...] = ()
+    level: int = 32
 
     def to(self, device, non_blocking=False):
         return replace(self, rows=self.rows.to(device), images=tuple(image.to(device) for image in self.images))
@@ -190,6 +191,7 @@ def test_checkpoint_explains_itself_and_refuses_other_tokenizers(folder, tmp_pat
     path = tmp_path / "last.ckpt"
     run.save_checkpoint(path)
     loaded = load_transformer(path)
+    assert loaded.levels == tuple(module.trained_levels) == (32,)
     assert loaded.schedule == SCHEDULE and loaded.tokenizer_fingerprint == module.tokenizer.fingerprint()
     assert loaded.text_tokenizer.decode(loaded.text_tokenizer.encode("a red dog")) == "a red dog"
     assert all(
@@ -198,10 +200,12 @@ def test_checkpoint_explains_itself_and_refuses_other_tokenizers(folder, tmp_pat
     )
     again = PretrainingModule.load_from_checkpoint(path)
     assert torch.equal(again.transformer.head.weight, module.transformer.head.weight)
+    assert again.trained_levels == {32}
 
     stage_two = make(folder, initialize_from=str(path))
     trainer(folder, max_steps=0).fit(stage_two, loader(batches(stage_two)))
     assert torch.equal(stage_two.transformer.head.weight, module.transformer.head.weight)
+    assert stage_two.trained_levels == {32}
 
     other = make(folder, tokenizer=str(folder / "other.ckpt"))
     with pytest.raises(ValueError, match=module.tokenizer.fingerprint()) as error:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -89,6 +90,38 @@ def test_what_is_said_when_it_keeps_failing(answers, message, times):
         ask(serve(server), retries=2)
     assert len(asked) == times
     server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("breaks", "message"),
+    [("off", "IncompleteRead"), ("protocol", "BadStatusLine"), ("silence", "imeoutError|timed out")],
+)
+def test_an_answer_that_breaks_off_is_asked_for_again(breaks, message):
+    """A body shorter than announced, a line that is no HTTP, and no answer within the timeout."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+            if breaks == "silence":
+                time.sleep(1.0)
+            elif breaks == "protocol":
+                self.wfile.write(b"nonsense\r\n\r\n")
+            else:
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.write(b'{"sco')
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *arguments: None  # what it says to a client that has gone
+    with pytest.raises(RuntimeError, match=rf"127.0.0.1.*failed 2 times, at last with: .*({message})[^$]*--ckpt_path"):
+        ask(serve(server), retries=1, timeout=0.2)
+    server.shutdown()
+    assert len(asked) == 2
 
 
 def test_a_server_that_is_not_there():
