@@ -128,7 +128,7 @@ def _choose(q_BHND: Tensor, k_BGLD: Tensor, visibility: Visibility | Tensor | No
         return "sdpa"
     H, all_scores = q_BHND.shape[1], q_BHND.shape[:3].numel() * k_BGLD.shape[2]
     if visibility.is_ordered():
-        pieces = [*visibility.spans(), *visibility.stacks(most_stacked_pairs(H), q_BHND.dtype)]
+        pieces = [*visibility.spans(q_BHND.dtype), *visibility.stacks(most_stacked_pairs(H), q_BHND.dtype)]
         beside = SPAN_ELEMENTS.get(q_BHND.dtype, 0) * len(pieces)
         if H * sum(piece.pairs for piece in pieces) + beside < all_scores:
             return "spans"

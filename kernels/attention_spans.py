@@ -16,6 +16,8 @@ of a piece: S sets of queries and keys that meet (groups; groups of each documen
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -39,86 +41,80 @@ class _SpanAttention(torch.autograd.Function):
     def forward(ctx, q_BHLD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, visibility: Visibility):
         ctx.save_for_backward(q_BHLD, k_BGLD, v_BGLD)
         ctx.visibility = visibility
-        q, k, v = _Positions.of(q_BHLD, k_BGLD), _Positions.of(k_BGLD, k_BGLD), _Positions.of(v_BGLD, k_BGLD)
-        y = q.empty()
+        G, c = k_BGLD.shape[1], q_BHLD.shape[-1] ** -0.5
+        q, k, v = (_Packed(x, G) for x in (q_BHLD, k_BGLD, v_BGLD))
+        y = q.new()
         for piece in _pieces(visibility, q_BHLD):
-            weight_SMK = _weights(piece.queries(q) * q.scale, piece.keys(k), piece.bias)
+            weight_SMK = _weights(piece.queries(q) * c, piece.keys(k), piece.bias)
             piece.put_queries(y, torch.bmm(weight_SMK, piece.keys(v)))
-        return y.as_heads()
+        return y.x_BHLD
 
     @staticmethod
     def backward(ctx, grad_BHLD: Tensor):
         q_BHLD, k_BGLD, v_BGLD = ctx.saved_tensors
-        q, k, v, grad = (_Positions.of(x, k_BGLD) for x in (q_BHLD, k_BGLD, v_BGLD, grad_BHLD))
+        G, c = k_BGLD.shape[1], q_BHLD.shape[-1] ** -0.5
+        q, k, v, grad = (_Packed(x, G) for x in (q_BHLD, k_BGLD, v_BGLD, grad_BHLD))
         # Sums over the spans of a document, hence float32.
-        dq, dk, dv = q.empty(), k.zeros(torch.float32), v.zeros(torch.float32)
+        dq = q.new()
+        dk, dv = (_Packed(torch.zeros(x.shape, dtype=torch.float32), G) for x in (k_BGLD, v_BGLD))
         for piece in _pieces(ctx.visibility, q_BHLD):
-            q_SMD, k_SKD, grad_SMD = piece.queries(q) * q.scale, piece.keys(k), piece.gradients(grad)
+            q_SMD, k_SKD, grad_SMD = piece.queries(q) * c, piece.keys(k), piece.gradients(grad)
             weight_SMK = _weights(q_SMD, k_SKD, piece.bias)
             piece.add_keys(dv, torch.bmm(weight_SMK.mT, grad_SMD))
             slope_SMK = torch.bmm(grad_SMD, piece.keys(v).mT)
             slope_SMK = torch._softmax_backward_data(slope_SMK, weight_SMK, -1, weight_SMK.dtype)
             piece.add_keys(dk, torch.bmm(slope_SMK.mT, q_SMD))
-            piece.put_queries(dq, torch.bmm(slope_SMK, k_SKD).mul_(q.scale))
-        return dq.as_heads(), dk.as_heads().to(k_BGLD.dtype), dv.as_heads().to(v_BGLD.dtype), None
+            piece.put_queries(dq, torch.bmm(slope_SMK, k_SKD).mul_(c))
+        return dq.x_BHLD, dk.x_BHLD.to(k_BGLD.dtype), dv.x_BHLD.to(v_BGLD.dtype), None
 
 
-class _Positions(NamedTuple):
-    """One of q, k, v and their gradients by position, the query heads of a group next to each other."""
+@dataclass(frozen=True)
+class _Packed:
+    """One of q, k, v and their gradients, of any strides."""
 
-    x_BLGRD: Tensor
-    """[B, L, G, R, D], R = 1 for keys and values."""
+    x_BHLD: Tensor
+    G: int
 
-    @classmethod
-    def of(cls, x_BHLD: Tensor, k_BGLD: Tensor) -> _Positions:
-        B, H, L, D = x_BHLD.shape
-        G = k_BGLD.shape[1]
-        return cls(x_BHLD.transpose(1, 2).contiguous().view(B, L, G, H // G, D))
+    def new(self) -> _Packed:
+        """Of the same shape, the heads of a position next to each other, as the output projection wants them."""
+        return _Packed(torch.empty_like(self.x_BHLD.transpose(1, 2).contiguous()).transpose(1, 2), self.G)
 
-    def empty(self) -> _Positions:
-        return _Positions(torch.empty_like(self.x_BLGRD))
+    @cached_property
+    def by_head_BHLD(self) -> Tensor:
+        """The positions of a head next to each other."""
+        return self.x_BHLD.contiguous()
 
-    def zeros(self, dtype: torch.dtype) -> _Positions:
-        return _Positions(torch.zeros_like(self.x_BLGRD, dtype=dtype))
-
-    @property
-    def scale(self) -> float:
-        return self.x_BLGRD.shape[-1] ** -0.5
-
-    @property
-    def all_AGRD(self) -> Tensor:
-        """Positions of all rows behind each other."""
-        return self.x_BLGRD.flatten(0, 1)
-
-    def as_heads(self) -> Tensor:
-        """[B, H, L, D], a view."""
-        return self.x_BLGRD.flatten(2, 3).transpose(1, 2)
+    @cached_property
+    def by_position_AHD(self) -> Tensor:
+        """The heads of a position next to each other, positions of all rows in one axis."""
+        return self.x_BHLD.transpose(1, 2).flatten(0, 1)
 
 
 class _SpanPiece(NamedTuple):
-    """Some queries of a span."""
+    """Some queries of a span: the query heads of a group stand behind each other, so keys need no copies."""
 
     row: int
-    queries_: slice
-    keys_: slice
+    at: slice
+    """The queries."""
+    seen: slice
+    """The keys."""
     bias: Tensor | None
     """[n, hidden]: over the last keys; the same for all heads."""
 
-    def queries(self, x: _Positions) -> Tensor:
-        x_nGRD = x.x_BLGRD[self.row, self.queries_]
-        return x_nGRD.permute(1, 2, 0, 3).flatten(1, 2)
+    def queries(self, x: _Packed) -> Tensor:
+        return x.x_BHLD[self.row, :, self.at].reshape(x.G, -1, x.x_BHLD.shape[-1])
 
     gradients = queries
 
-    def keys(self, x: _Positions) -> Tensor:
-        return x.x_BLGRD[self.row, self.keys_, :, 0].transpose(0, 1)
+    def keys(self, x: _Packed) -> Tensor:
+        return x.by_head_BHLD[self.row, :, self.seen]
 
-    def put_queries(self, out: _Positions, value_SMD: Tensor) -> None:
-        out_GRnD = out.x_BLGRD[self.row, self.queries_].permute(1, 2, 0, 3)
-        out_GRnD.copy_(value_SMD.view(out_GRnD.shape))
+    def put_queries(self, out: _Packed, value_SMD: Tensor) -> None:
+        out_HnD = out.x_BHLD[self.row, :, self.at]
+        out_HnD.copy_(value_SMD.view(out_HnD.shape))
 
-    def add_keys(self, out: _Positions, value_SKD: Tensor) -> None:
-        out.x_BLGRD[self.row, self.keys_, :, 0] += value_SKD.transpose(0, 1)
+    def add_keys(self, out: _Packed, value_SKD: Tensor) -> None:
+        out.x_BHLD[self.row, :, self.seen] += value_SKD
 
 
 class _StackPiece(NamedTuple):
@@ -130,29 +126,29 @@ class _StackPiece(NamedTuple):
     def bias(self) -> Tensor:
         return self.stack.bias_n1mm
 
-    def queries(self, x: _Positions) -> Tensor:
-        return self._stacked(x.all_AGRD.index_select(0, self.stack.position_nm.flatten()))
+    def queries(self, x: _Packed) -> Tensor:
+        return self._stacked(x, x.by_position_AHD.index_select(0, self.stack.position_nm.flatten()))
 
     keys = queries
 
-    def gradients(self, x: _Positions) -> Tensor:
-        x_PGRD = x.all_AGRD.index_select(0, self.stack.position_nm.flatten())
-        x_PGRD[self.stack.behind_P] = 0
-        return self._stacked(x_PGRD)
+    def gradients(self, x: _Packed) -> Tensor:
+        x_PHD = x.by_position_AHD.index_select(0, self.stack.position_nm.flatten())
+        x_PHD[self.stack.behind_P] = 0
+        return self._stacked(x, x_PHD)
 
-    def put_queries(self, out: _Positions, value_SMD: Tensor) -> None:
-        (n, m), out_AGRD, real_P = self.stack.position_nm.shape, out.all_AGRD, self.stack.real_P
-        _, G, R, D = out_AGRD.shape
-        value_PGRD = value_SMD.view(n, G, R, m, D).permute(0, 3, 1, 2, 4).reshape(n * m, G, R, D)
+    def put_queries(self, out: _Packed, value_SMD: Tensor) -> None:
+        n, m = self.stack.position_nm.shape
+        _, H, _, D = out.x_BHLD.shape
+        value_PHD = value_SMD.view(n, H, m, D).transpose(1, 2).reshape(n * m, H, D)
         if len(self.stack.behind_P):
-            value_PGRD = value_PGRD[real_P]
-        out_AGRD.index_copy_(0, self.stack.position_nm.flatten()[real_P], value_PGRD.to(out_AGRD.dtype))
+            value_PHD = value_PHD[self.stack.real_P]
+        out.x_BHLD.transpose(1, 2)[self.stack.row_P, self.stack.column_P] = value_PHD.to(out.x_BHLD.dtype)
 
     add_keys = put_queries  # all of a document's queries are here, so nothing else adds to its keys
 
-    def _stacked(self, x_PGRD: Tensor) -> Tensor:
-        (n, m), (_, G, R, D) = self.stack.position_nm.shape, x_PGRD.shape
-        return x_PGRD.view(n, m, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R * m, D)
+    def _stacked(self, x: _Packed, x_PHD: Tensor) -> Tensor:
+        (n, m), (_, H, D) = self.stack.position_nm.shape, x_PHD.shape
+        return x_PHD.view(n, m, H, D).transpose(1, 2).reshape(n * x.G, H // x.G * m, D)
 
 
 def most_stacked_pairs(num_heads: int) -> int:
@@ -173,7 +169,7 @@ def _pieces(visibility: Visibility, q_BHLD: Tensor) -> Iterator[_SpanPiece | _St
     """Stacks, and spans cut so that a piece has about PIECE_ELEMENTS scores."""
     H, dtype = q_BHLD.shape[1], q_BHLD.dtype
     yield from map(_StackPiece, visibility.stacks(most_stacked_pairs(H), dtype))
-    for span in visibility.spans():
+    for span in visibility.spans(dtype):
         first, stop = span.queries.start, span.queries.stop
         size = max(16, PIECE_ELEMENTS // (H * (span.keys.stop - span.keys.start)))
         for start in range(first, stop, size):

@@ -22,8 +22,9 @@ WHOLE_BLOCK = 128
 """A block of this many positions is a span of its own; smaller ones (text, coarse scales) share one."""
 SHARED_SPAN = 256
 """Most positions of a span that several blocks share."""
-STACKED_DOCUMENT = 320
-"""A document of at most this many positions is stacked with others: what its mask hides costs less than calls for its spans."""
+STACKED_DOCUMENT = {torch.float32: 128, torch.bfloat16: 320, torch.float16: 320}
+"""A document of at most this many positions is stacked with others: what its mask hides costs less than calls for its spans.
+Other precisions stack none."""
 STACKED_FROM = 0.75
 """The shortest document of a stack has this share of the positions of its longest."""
 
@@ -51,6 +52,10 @@ class Stack(NamedTuple):
     """int64, b * L + l of each place; places behind the end of a shorter document name its first position."""
     bias_n1mm: Tensor
     """0, or -inf for keys that a query does not see. Places behind an end are hidden and see the document's first position."""
+    row_P: Tensor
+    """int64, the row of each place that is a position."""
+    column_P: Tensor
+    """int64, and where it is in its row."""
     real_P: Tensor
     """int64, the places that are positions."""
     behind_P: Tensor
@@ -94,30 +99,34 @@ class Visibility:
             self._built["flex"] = block_mask(self.document_BL, self.block_BL)
         return self._built["flex"]
 
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self, dtype: torch.dtype) -> tuple[Span, ...]:
         """The law of long documents as spans of queries, each with a run of keys that it sees whole.
+
+        Args:
+            dtype: decides with `STACKED_DOCUMENT` which documents are long.
 
         Raises:
             ValueError: a document is not in one piece, or its blocks are not in order (`lay_out` always makes them so).
         """
-        if "spans" not in self._built:
-            long = [document for document in self._documents() if document.length > STACKED_DOCUMENT]
-            self._built["spans"] = tuple(span for document in long for span in _spans(document))
-        return self._built["spans"]
+        key = "spans", dtype
+        if key not in self._built:
+            long = [document for document in self._documents() if document.length > STACKED_DOCUMENT.get(dtype, 0)]
+            self._built[key] = tuple(span for document in long for span in _spans(document))
+        return self._built[key]
 
     def stacks(self, most_pairs: int, dtype: torch.dtype) -> tuple[Stack, ...]:
-        """The law of short documents, those of `STACKED_DOCUMENT` positions and less, as stacks.
+        """The law of short documents as stacks.
 
         Args:
             most_pairs: scores per head of a stack of several documents.
-            dtype: of their biases.
+            dtype: decides with `STACKED_DOCUMENT` which documents are short; also of the biases.
 
         Raises:
             ValueError: as `spans`.
         """
         key = "stacks", most_pairs, dtype
         if key not in self._built:
-            short = [document for document in self._documents() if document.length <= STACKED_DOCUMENT]
+            short = [document for document in self._documents() if document.length <= STACKED_DOCUMENT.get(dtype, 0)]
             self._built[key] = tuple(_stacks(short, most_pairs, dtype))
         return self._built[key]
 
@@ -218,9 +227,15 @@ def _stack(documents: list[_Document], dtype: torch.dtype) -> Stack:
     block_nm[real_nm] = np.concatenate([document.block_l for document in documents])
     seen_nmm = (block_nm[:, None, :] <= block_nm[:, :, None]) & real_nm[:, :, None]
     seen_nmm |= (~real_nm)[:, :, None] & (place_m == 0)
-    starts_n1 = np.array([document.row * document.row_length + document.start for document in documents])[:, None]
+    row_nm, column_nm = (
+        np.array([(document.row, document.start) for document in documents])[:, field, None] + np.zeros_like(block_nm)
+        for field in (0, 1)
+    )
+    column_nm = column_nm + np.where(real_nm, place_m, 0)
     return Stack(
-        position_nm=torch.from_numpy(starts_n1 + np.where(real_nm, place_m, 0)),
+        position_nm=torch.from_numpy(row_nm * documents[0].row_length + column_nm),
+        row_P=torch.from_numpy(row_nm[real_nm]),
+        column_P=torch.from_numpy(column_nm[real_nm]),
         bias_n1mm=hidden_bias(torch.from_numpy(seen_nmm)[:, None], dtype),
         real_P=torch.from_numpy(np.flatnonzero(real_nm)),
         behind_P=torch.from_numpy(np.flatnonzero(~real_nm)),

@@ -124,7 +124,7 @@ def test_spans_and_stacks_are_exact_wherever_they_are_cut(monkeypatch, limits, b
     whole, shared, elements = limits
     monkeypatch.setattr(visibility, "WHOLE_BLOCK", whole)
     monkeypatch.setattr(visibility, "SHARED_SPAN", shared)
-    monkeypatch.setattr(visibility, "STACKED_DOCUMENT", stacked)
+    monkeypatch.setattr(visibility, "STACKED_DOCUMENT", {torch.float32: stacked})
     monkeypatch.setattr(attention_spans, "PIECE_ELEMENTS", elements)
     inputs, slope = inputs_of(2, 4, 2, 230, 6)
     law = packed(2, 230, block_length)
@@ -137,7 +137,7 @@ def test_spans_hold_little_more_than_what_is_visible():
     """Three documents: 64 text ids and scales of 1, 4, 9, ... 256 cells; a text of 400 ids; a picture and text behind it."""
     scales = [side * side for side in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)]
     law = law_of([1] * 64 + scales, [1] * 400, scales + [1] * 64)
-    spans = law.spans()
+    spans = law.spans(torch.float32)
     covered = torch.cat([torch.arange(span.queries.start, span.queries.stop) for span in spans])
     assert torch.equal(covered, torch.arange(law.document_BL.numel())) and not law.stacks(2**20, torch.float32)
     visible = int(law.mask_BLL().sum())
@@ -149,12 +149,13 @@ def test_short_documents_of_one_length_are_stacked():
     law = law_of([1] * 10 + [206], [1] * 200, [1] * 30, [400], [1] * 12 + [200])
     longer, shorter = law.stacks(2**20, torch.bfloat16)
     assert longer.position_nm.shape == (3, 216) and shorter.position_nm.shape == (1, 30)
-    assert [(span.queries.start, span.queries.stop) for span in law.spans()] == [(446, 846)]
+    assert [(span.queries.start, span.queries.stop) for span in law.spans(torch.bfloat16)] == [(446, 846)]
     assert len(longer.behind_P) == 16 + 4 and longer.bias_n1mm.dtype == torch.bfloat16
     flat = torch.cat([stack.position_nm.flatten()[stack.real_P] for stack in (longer, shorter)])
     outside = torch.cat([torch.arange(446), torch.arange(846, law.document_BL.numel())])
     assert torch.equal(flat.sort().values, outside)
-    assert [len(stack.position_nm) for stack in law.stacks(2 * 216**2, torch.float32)] == [2, 1, 1]
+    assert [len(stack.position_nm) for stack in law.stacks(2 * 216**2, torch.bfloat16)] == [2, 1, 1]
+    assert [stack.position_nm.shape for stack in law.stacks(2**20, torch.float32)] == [(1, 30)]  # 200 are long there
 
 
 def law_of(*documents):
@@ -244,7 +245,8 @@ def test_masks_tiles_and_spans_are_built_once():
     law = packed(2, 8)
     assert law.bias_B1LL(torch.float32) is law.bias_B1LL(torch.float32)
     assert law.block_mask() is law.block_mask()
-    assert law.spans() is law.spans()
+    assert law.spans(torch.float32) is law.spans(torch.float32)
+    assert law.stacks(9, torch.float32) is law.stacks(9, torch.float32)
 
 
 def test_auto_takes_what_has_the_least_to_do():
