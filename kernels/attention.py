@@ -128,9 +128,10 @@ def _choose(q_BHND: Tensor, k_BGLD: Tensor, visibility: Visibility | Tensor | No
         return "sdpa"
     H, all_scores = q_BHND.shape[1], q_BHND.shape[:3].numel() * k_BGLD.shape[2]
     if visibility.is_ordered():
-        pieces = [*visibility.spans(q_BHND.dtype), *visibility.stacks(most_stacked_pairs(H), q_BHND.dtype)]
-        beside = SPAN_ELEMENTS.get(q_BHND.dtype, 0) * len(pieces)
-        if H * sum(piece.pairs for piece in pieces) + beside < all_scores:
+        spans, stacks = visibility.spans(q_BHND.dtype), visibility.stacks(most_stacked_pairs(H), q_BHND.dtype)
+        pairs = sum(span.pairs for span in spans) + sum(stack.pairs for stack in stacks)
+        beside = SPAN_ELEMENTS.get(q_BHND.dtype, 0) * (len(spans) + len(stacks))
+        if H * pairs + beside < all_scores:
             return "spans"
     return "dense" if all_scores <= DENSE_ELEMENTS and q_BHND.dtype != torch.float32 else "sdpa"
 

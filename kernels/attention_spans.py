@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +89,8 @@ class _Packed:
         return self.x_BHLD.transpose(1, 2).flatten(0, 1)
 
 
-class _SpanPiece(NamedTuple):
+@dataclass(frozen=True)
+class _SpanPiece:
     """Some queries of a span: the query heads of a group stand behind each other, so keys need no copies."""
 
     row: int
@@ -117,7 +117,8 @@ class _SpanPiece(NamedTuple):
         out.x_BHLD[self.row, :, self.seen] += value_SKD
 
 
-class _StackPiece(NamedTuple):
+@dataclass(frozen=True)
+class _StackPiece:
     """The documents of a stack."""
 
     stack: Stack
