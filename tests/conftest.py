@@ -29,6 +29,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def uncounted() -> dict[Any, Callable[..., int]]:
+    """Formulas of operations that torch's FLOPs counter does not know: the head's products in place, and in torch 2.14 and
+    earlier the fused attention of a CPU."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    aten = torch.ops.aten
+    return {
+        aten.addmm_: lambda out, left, right, **_: 2 * left[0] * left[1] * right[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     random.seed(0)

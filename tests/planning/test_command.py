@@ -90,7 +90,7 @@ def test_parameters_are_those_of_the_transformer(capsys, tmp_path, trainable):
     assert plan["memory"]["optimizer"] == 8 * trained + 4 * tensors  # AdamW: two moments, and a step for each tensor
 
 
-def test_flops_of_a_step_are_those_of_torchs_counter(capsys, tmp_path):
+def test_flops_of_a_step_are_those_of_torchs_counter(capsys, tmp_path, uncounted):
     """The counter sees all L x L pairs, the plan only those that see each other; the difference is attention's alone."""
     (step,) = planned(capsys, tmp_path, TRANSFORMER, *SIZES)["steps"]
     model = transformer()
@@ -99,9 +99,7 @@ def test_flops_of_a_step_are_those_of_torchs_counter(capsys, tmp_path):
     grids = ScaleSchedule(**SCHEDULE).grids(32)
     document = Document(segments=(TextSegment(ids=range(2, 7)), ImageSegment(grids=grids, codes=codes)))
     rows = lay_out([[document]] * 3, model.vocabulary, LayoutConfig())
-    # The head adds to its gradients in place, a product that torch's counter does not know.
-    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **_: 2 * left[0] * left[1] * right[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         model.cross_entropy(model(rows), rows.target_BL, rows.weight_BL).total.backward()
     unseen = rows.ids_BL.shape[0] * rows.ids_BL.shape[1] ** 2 - int(rows.visible_BLL().sum())
     assert step["positions"] == rows.ids_BL.numel() and step["targets"] == int(rows.num_targets)
