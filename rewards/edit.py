@@ -7,6 +7,8 @@ picture, all in [0, 1]:
     kept    = 1 - |P - S| / 0.25     over the rest, at least 0:  1 where nothing moved
 
 Both are NaN where the prompt has no source picture or no known result. A source of another size than the picture is resized.
+Of several pictures in a prompt the first is what is edited, and the others what it takes from; with examples in context it is
+the last one, behind the examples: `source: -1`.
 """
 
 from __future__ import annotations
@@ -29,6 +31,13 @@ LARGE_CHANGE = 0.25
 class EditChangedReward(Reward):
     """How near the edited pixels are to the known result, 0 to 1."""
 
+    def __init__(self, source: int = 0) -> None:
+        """
+        Args:
+            source: which picture of the prompt is edited: 0 the first, -1 the last (examples in context).
+        """
+        self.source = source
+
     def __call__(
         self, images: Sequence[Tensor], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Tensor:
@@ -39,11 +48,11 @@ class EditChangedReward(Reward):
         self, images: Sequence[Tensor], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> list[Tensor | None]:
         """The pixels of the edit."""
-        edits = [_edit_of(image, known) for image, known in zip(images, metadata)]
+        edits = [_edit_of(image, known, self.source) for image, known in zip(images, metadata)]
         return [None if edit is None else edit.changed_HW for edit in edits]
 
     def _score(self, image_CHW: Tensor, known: Mapping[str, Any]) -> float:
-        edit = _edit_of(image_CHW, known)
+        edit = _edit_of(image_CHW, known, self.source)
         if edit is None or not edit.changed_HW.any():
             return float("nan")
         left = (edit.picture_CHW - edit.result_CHW).abs()[:, edit.changed_HW].mean()
@@ -54,6 +63,13 @@ class EditChangedReward(Reward):
 class EditKeptReward(Reward):
     """How little the other pixels have moved, 0 to 1."""
 
+    def __init__(self, source: int = 0) -> None:
+        """
+        Args:
+            source: which picture of the prompt is edited: 0 the first, -1 the last (examples in context).
+        """
+        self.source = source
+
     def __call__(
         self, images: Sequence[Tensor], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> Tensor:
@@ -61,7 +77,7 @@ class EditKeptReward(Reward):
         return torch.tensor([self._score(image, known) for image, known in zip(images, metadata)])
 
     def _score(self, image_CHW: Tensor, known: Mapping[str, Any]) -> float:
-        edit = _edit_of(image_CHW, known)
+        edit = _edit_of(image_CHW, known, self.source)
         if edit is None or edit.changed_HW.all():
             return float("nan")
         moved = (edit.picture_CHW - edit.source_CHW).abs()[:, ~edit.changed_HW].mean()
@@ -75,13 +91,13 @@ class _Edit(NamedTuple):
     changed_HW: Tensor
 
 
-def _edit_of(image_CHW: Tensor, known: Mapping[str, Any]) -> _Edit | None:
+def _edit_of(image_CHW: Tensor, known: Mapping[str, Any], source: int) -> _Edit | None:
     sources, reference = known.get("sources") or (), known.get("reference")
     if not sources or reference is None:
         return None
-    # An edit with several sources is of the first; the others are what it takes from.
-    source, result = (_fit(picture, image_CHW.shape[1:]) for picture in (sources[0], reference))
-    return _Edit(image_CHW.float() / 255, source, result, (source - result).abs().amax(dim=0) > CHANGED_ABOVE)
+    source_CHW, result_CHW = (_fit(picture, image_CHW.shape[1:]) for picture in (sources[source], reference))
+    changed_HW = (source_CHW - result_CHW).abs().amax(dim=0) > CHANGED_ABOVE
+    return _Edit(image_CHW.float() / 255, source_CHW, result_CHW, changed_HW)
 
 
 def _fit(image_CHW: Tensor, size: Sequence[int]) -> Tensor:

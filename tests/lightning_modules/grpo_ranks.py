@@ -1,6 +1,5 @@
 """One rank of the two-process test in `test_grpo_ranks.py`: `python grpo_ranks.py FOLDER`, with its rank in the environment."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,39 +11,41 @@ from torch.distributed.tensor import DTensor
 from nextflow.callbacks.fsdp_sharding import FSDPSharding
 from nextflow.datamodules.prompts import PromptItem
 from nextflow.lightning_modules.grpo_objective import ObjectiveConfig
+from nextflow.lightning_modules.grpo_rollouts import RolloutConfig
+from nextflow.tests.lightning_modules import tiny_grpo as tiny
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WRAP = ["nextflow.models.transformer.block.Block", "nextflow.models.transformer.head.SingleHead"]
+MIDDLE_RETURN = RolloutConfig(num_generations=3, prefix_scales=1, middle_return=True, prefix_updates=1)
 
 
-def one_process_tests():
-    """The module test_grpo.py, whose tiny models these are."""
-    spec = importlib.util.spec_from_file_location("test_grpo", Path(__file__).with_name("test_grpo.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def main(folder):
+    """Three rounds at one go; and four of middle return, prefixes and suffixes in turn, interrupted behind the third."""
+    whole = run(folder, steps=6)
+    run(folder, steps=6, rollouts=MIDDLE_RETURN, total_steps=8, save=f"{folder}/{RANKS}.ckpt")
+    resumed = run(folder, steps=8, rollouts=MIDDLE_RETURN, total_steps=8, resume=f"{folder}/{RANKS}.ckpt")
+    return {"whole": whole, "resumed": resumed}
 
 
-def run(folder):
-    """Three rounds of two prompts, one for each rank where there are two; their pictures have different numbers of scales."""
-    tests = one_process_tests()
-    module = tests.make(
-        Path(folder),
-        objective=ObjectiveConfig(beta=0.1, scale_rewards="batch", loss_type="dapo"),
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.3),
-        num_iterations=2,
+def run(folder, *, steps, resume=None, save=None, **changes):
+    """Two inner steps a round; a prompt for each rank where there are two. Their pictures differ in the number of scales."""
+    options = {"objective": ObjectiveConfig(beta=0.1, scale_rewards="batch", loss_type="dapo"), **changes}
+    module = tiny.make(
+        Path(folder), optimizer=lambda groups: torch.optim.SGD(groups, lr=0.3), num_iterations=2, **options
     )
     items = [PromptItem(prompt="a red dog", level=16), PromptItem(prompt="two blue cats")]
-    data = tests.prompts(Path(folder), prompts=items, batch_size=2 // RANKS)
-    options = {}
+    data = tiny.prompts(Path(folder), prompts=items, batch_size=2 // RANKS)
+    ranks = {}
     if RANKS == 2:
-        options = {
+        ranks = {
             "strategy": ModelParallelStrategy(RANKS, 1),
             "callbacks": [FSDPSharding(wrap=WRAP)],
             "devices": RANKS,
         }
-    trainer = tests.trainer(Path(folder), max_steps=6, **options)
-    trainer.fit(module, datamodule=data)
+    trainer = tiny.trainer(Path(folder), max_steps=steps, **ranks)
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    if save is not None:
+        trainer.save_checkpoint(save)
     sharded = all(isinstance(parameter, DTensor) for parameter in module.transformer.parameters())
     state = module.transformer.state_dict()
     weights = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
@@ -55,4 +56,4 @@ def run(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(run(sys.argv[1]), f"{sys.argv[1]}/{RANK}.pt")
+    torch.save(main(sys.argv[1]), f"{sys.argv[1]}/{RANK}.pt")

@@ -1,31 +1,32 @@
 """GRPO on two sharded processes (FSDP2) == on one, also where the answers of one rank take more steps to decode."""
 
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("grpo_ranks.py")
+from nextflow.tests.lightning_modules import grpo_ranks
+from nextflow.tests.lightning_modules.tiny_grpo import write_models
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """The files of test_grpo.py's fixture."""
-    tests = runpy.run_path(str(SCRIPT))["one_process_tests"]()
+def runs(two_ranks, tmp_path_factory):
+    """Results of ranks 0 and 1 of two processes, and of one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    tests.write_models(folder)
-    return folder
-
-
-def test_two_processes_equal_one(two_ranks, start):
-    two = two_ranks(SCRIPT, start)
+    write_models(folder)
+    two = two_ranks(Path(grpo_ranks.__file__), folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks have: other rounding may draw another code, and all that follows differs
     try:
-        one = runpy.run_path(str(SCRIPT))["run"](str(start))
+        return two, grpo_ranks.main(str(folder))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("part", ["whole", "resumed"])
+def test_two_processes_equal_one(runs, part):
+    """`resumed`: prefixes and suffixes in turn, interrupted between them and gone on with from the checkpoint."""
+    two, one = [rank[part] for rank in runs[0]], runs[1][part]
     assert all(rank["sharded"] for rank in two) and not one["sharded"]
     for rank in two:
         for name, value in one["weights"].items():

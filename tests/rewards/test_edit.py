@@ -42,3 +42,15 @@ def test_sources_of_another_size_and_prompts_without_edit():
         assert all(torch.tensor(scores(RESULT, known)).isnan())
     same = {"sources": [SOURCE], "reference": SOURCE}  # nothing to change
     assert torch.tensor(scores(SOURCE, same)).isnan().tolist() == [True, False]
+
+
+def test_examples_in_context_are_not_what_is_edited():
+    """Example, its result, then the picture to edit: the first is told apart from the last."""
+    example = torch.zeros_like(SOURCE)
+    known = {"sources": [example, 255 - example, SOURCE], "reference": RESULT}
+    assert [
+        float(reward([SOURCE], [""], [known])) for reward in (EditChangedReward(source=-1), EditKeptReward(source=-1))
+    ] == [0, 1]
+    assert float(EditKeptReward()([SOURCE], [""], [known])) != 1
+    (mask,) = EditChangedReward(source=-1).masks([SOURCE], [""], [known])
+    assert mask[:4].all() and not mask[4:].any()
