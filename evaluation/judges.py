@@ -6,30 +6,28 @@ Composed scenes are read back with the very drawings and compared with what was 
 
 from __future__ import annotations
 
-import json
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nextflow.evaluation.captions import token_f1, words_of
 from nextflow.evaluation.gallery import Gallery
-from nextflow.evaluation.suite import Answered, Judge, Measure, Verdict, pictures_of, text_of
+from nextflow.evaluation.story_judge import StoryJudge
+from nextflow.evaluation.suite import Answered, Judge, Measure, Verdict, image_of, pictures_of, text_of
 
 CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "attribute binding", "background",
-    "retrieval at rank 1", "retrieval at rank 5", "editing", "editing, changed", "editing, rest kept",
+    "retrieval at rank 1", "retrieval at rank 5", "skin tone within one", "editing", "editing, changed", "editing, rest kept",
     "story, first picture", "story consistency", "captioning", "questions", "reconstruction",
 )  # fmt: skip
 """In the order of the table."""
 BACKGROUND_TOLERANCE = 12.0
 """Mean difference of a channel, 0 to 255, up to which the nearest background counts as that one."""
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+"""Skin tones in the order in which they are neighbours."""
 EDITED_ABOVE = 0.1
 """Largest difference of a channel, 0 to 1, between source and known result above which a pixel belongs to the edit."""
 MOST_MOVED = 0.05
@@ -67,7 +65,7 @@ class SceneJudge:
     def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
         """single object, two objects, counting, colours, position, attribute binding, background."""
         whole = [_has_ratio(pictures_of(answer.known)[-1], *answer.metadata["size"]) for answer in answers]
-        pictures = [_image(answer.pictures[-1]) for answer, is_whole in zip(answers, whole) if is_whole]
+        pictures = [image_of(answer.pictures[-1]) for answer, is_whole in zip(answers, whole) if is_whole]
         readings = iter(self.reader.read(pictures))
         colours = {answer.metadata["background"]: answer.metadata["background_rgb"] for answer in answers}
         return [
@@ -131,12 +129,25 @@ class DrawingJudge:
         self.gallery = gallery
 
     def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
-        """retrieval at rank 1, retrieval at rank 5."""
-        ranks = self.gallery.ranks([answer.pictures[-1] for answer in answers], [answer.key for answer in answers])
-        return [
-            [Verdict(f"retrieval at rank {limit}", rank <= limit, answer.metadata["group"]) for limit in (1, 5)]
-            for answer, rank in zip(answers, ranks)
-        ]
+        """retrieval at rank 1, retrieval at rank 5; where a skin tone is asked for, skin tone within one."""
+        pictures = [answer.pictures[-1] for answer in answers]
+        ranks = self.gallery.ranks(pictures, [answer.key for answer in answers])
+        verdicts = []
+        for answer, rank, nearest in zip(answers, ranks, self.gallery.nearest(pictures)):
+            of_ranks = [
+                Verdict(f"retrieval at rank {limit}", rank <= limit, answer.metadata["group"]) for limit in (1, 5)
+            ]
+            verdicts.append([*of_ranks, *self._tone(answer.metadata, nearest)])
+        return verdicts
+
+    def _tone(self, known: Mapping[str, Any], nearest: int) -> list[Verdict]:
+        """Whether the picture shows the subject asked for, in its skin tone or one next to it; the detail is the tone."""
+        tone = known.get("skin_tone")
+        if tone not in TONES:
+            return []
+        place = TONES.index(tone)
+        captions = [f"{known['subject']}, {near} skin tone" for near in TONES[max(0, place - 1) : place + 2]]
+        return [Verdict("skin tone within one", any(nearest in self.gallery.called(one) for one in captions), tone)]
 
 
 class ReconstructionJudge:
@@ -181,50 +192,6 @@ class EditJudge:
         return verdicts
 
 
-class StoryJudge:
-    """Stories told from their first sentence: do they begin with what it says, and does the subject stay?
-
-    Each further picture shows another drawing of the same subject: one that some story tells together with it (the faces of the
-    clock, the flags of one letter), or the same in another skin tone. Where things are counted, each picture shows the same
-    thing, always once more or always once less.
-    """
-
-    def __init__(self, gallery: Gallery, stories: Path, reader: Any) -> None:
-        self.gallery, self.reader = gallery, reader
-        self.subject = _subjects(gallery, stories)
-
-    def __call__(self, answers: Sequence[Answered]) -> list[list[Verdict]]:
-        """story, first picture; story consistency."""
-        series = [isinstance(answer.metadata["pictures"][0], str) for answer in answers]
-        named = iter(self.gallery.nearest(_all_pictures(answers, series)))
-        read = iter(self.reader.read([_image(one) for one in _all_pictures(answers, [not one for one in series])]))
-        verdicts = []
-        for answer, is_series in zip(answers, series):
-            asked, topic = answer.metadata["pictures"][0], answer.metadata["series"]
-            if is_series:
-                begins, stays = self._of_series(self.gallery.place[asked], list(islice(named, len(answer.pictures))))
-            else:
-                begins, stays = _of_counting(asked, list(islice(read, len(answer.pictures))))
-            whole = begins and stays and len(answer.pictures) > 1
-            verdicts.append(
-                [Verdict("story, first picture", begins, topic), Verdict("story consistency", whole, topic)]
-            )
-        return verdicts
-
-    def _of_series(self, first: int, shown: list[int]) -> tuple[bool, bool]:
-        """Whether it begins with the right drawing, and whether each further one is another of its subject."""
-        moves = all(before != after for before, after in pairwise(shown))
-        return shown[:1] == [first], moves and all(self.subject[place] == self.subject[first] for place in shown)
-
-
-def _of_counting(asked: Mapping[str, Any], readings: Sequence[Any]) -> tuple[bool, bool]:
-    """Whether it begins with the right number of the right thing, and whether it goes on counting that thing."""
-    hexcode, counts = asked["groups"][0]["hexcode"], [len(reading.found) for reading in readings]
-    same = [all(found.hexcode == hexcode for found in reading.found) for reading in readings]
-    steps = {after - before for before, after in pairwise(counts)}
-    return same[:1] == [True] and counts[0] == len(asked["objects"]), all(same) and steps in ({1}, {-1})
-
-
 class CaptionJudge:
     """Captions of drawings: right if they are the caption of this drawing, or of one that looks the same."""
 
@@ -251,45 +218,6 @@ def judge_questions(answers: Sequence[Answered]) -> list[list[Verdict]]:
     ]
 
 
-def _subjects(gallery: Gallery, stories: Path) -> list[int]:
-    """For each drawing a number that it shares with those of its subject."""
-    subject = list(range(len(gallery.captions)))
-
-    def find(place: int) -> int:
-        while subject[place] != place:
-            place = subject[place]
-        return place
-
-    def join(places: Sequence[int]) -> None:
-        for place in places:
-            subject[find(place)] = find(places[0])
-
-    plain: dict[str, list[int]] = {}
-    for place in gallery.place.values():
-        plain.setdefault(re.sub(r", [^,]*skin tone$", "", gallery.captions[place]), []).append(place)
-    for places in plain.values():
-        join(places)
-    for path in sorted(stories.glob("*/*.tar")):
-        for pictures in _told(path):
-            join([gallery.place[key] for key in pictures])
-    return [find(place) for place in range(len(subject))]
-
-
-def _told(path: Path) -> list[list[str]]:
-    """Keys of the drawings of each story of a shard; none for counted things."""
-    told = []
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.name.endswith(".json") and not member.name.startswith("_"):
-                record = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]  # a file
-                told.append([key for key in record["metadata"]["pictures"] if isinstance(key, str)])
-    return [keys for keys in told if keys]
-
-
-def _all_pictures(answers: Sequence[Answered], chosen: Sequence[bool]) -> list[np.ndarray]:
-    return [picture for answer, is_chosen in zip(answers, chosen) if is_chosen for picture in answer.pictures]
-
-
 def _has_ratio(pixels_HWC: np.ndarray, height: int, width: int) -> bool:
     return pixels_HWC.shape[0] * width == pixels_HWC.shape[1] * height
 
@@ -297,7 +225,3 @@ def _has_ratio(pixels_HWC: np.ndarray, height: int, width: int) -> bool:
 def _difference(first_HWC: np.ndarray, second_HWC: np.ndarray) -> np.ndarray:
     """Absolute difference, 0 to 1."""
     return np.abs(first_HWC.astype(np.float32) - second_HWC.astype(np.float32)) / 255
-
-
-def _image(pixels_HWC: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from nextflow.evaluation.drawings import SPLITS
 from nextflow.evaluation.retrieval import Proportion, wilson
@@ -120,6 +121,11 @@ def pictures_of(parts: Iterable[Part]) -> list[np.ndarray]:
 def text_of(parts: Iterable[Part]) -> str:
     """The texts among some parts, joined."""
     return " ".join(part.strip() for part in parts if isinstance(part, str))
+
+
+def image_of(pixels_HWC: np.ndarray) -> torch.Tensor:
+    """A picture as rewards take it: uint8 [3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
 
 
 def _mean(verdicts: Sequence[Verdict]) -> Measure | None:

@@ -14,7 +14,8 @@ from PIL import Image
 from nextflow.callbacks.suite_report import SuiteReport
 from nextflow.datamodules.suite import SuiteDataModule, SuitePart
 from nextflow.evaluation.gallery import Gallery
-from nextflow.evaluation.judges import CATEGORIES, EditJudge, SceneJudge, StoryJudge, is_in
+from nextflow.evaluation.judges import CATEGORIES, TONES, DrawingJudge, EditJudge, SceneJudge, is_in
+from nextflow.evaluation.story_judge import StoryJudge
 from nextflow.evaluation.suite import Answered
 from nextflow.evaluation.suite_table import side_by_side
 from nextflow.lightning_modules.evaluating import EvaluationModule
@@ -187,6 +188,28 @@ def test_a_story_has_to_begin_right_to_go_on_and_to_keep_its_subject(world, tmp_
     assert verdicts(first, "then", second) == [True, True]
     assert verdicts(first) == verdicts(first, first) == verdicts(first, other) == [True, False]
     assert verdicts(second, first) == verdicts() == [False, False]
+
+
+def test_a_tone_beside_the_one_asked_for_is_nearly_right_and_another_subject_is_wrong(world, tmp_path):
+    """Every asked tone answered in every tone of its subject."""
+    judge, gallery = DrawingJudge(world.gallery), world.gallery
+    asked = next(one for one in known(world, "drawings", tmp_path) if one.metadata["skin_tone"] in TONES)
+    subject, tone = asked.metadata["subject"], asked.metadata["skin_tone"]
+
+    def within_one(place):
+        *_, verdict = judge([replace(asked, answer=(gallery.pixels_GHWC[place],))])[0]
+        assert verdict.category == "skin tone within one" and verdict.detail == tone
+        return verdict.right
+
+    for number, other in enumerate(TONES):
+        (place,) = gallery.called(f"{subject}, {other} skin tone")
+        assert within_one(place) == (abs(number - TONES.index(tone)) <= 1), other
+    (plain,) = gallery.called(subject)
+    assert not within_one(plain)
+    stranger = next(c for c in gallery.captions if c.endswith(f", {tone} skin tone") and not c.startswith(subject))
+    assert not within_one(next(iter(gallery.called(stranger))))
+    (untoned,) = judge([replace(asked, metadata={**asked.metadata, "skin_tone": ""})])
+    assert [verdict.category for verdict in untoned] == ["retrieval at rank 1", "retrieval at rank 5"]
 
 
 def test_a_background_is_the_nearest_of_all_and_a_cut_scene_counts_nowhere():
