@@ -203,12 +203,13 @@ class SceneReader:
         """The best drawing near boxes of the small copy, at full size; later ones are tried where the first fit badly."""
         height, width = x_3HW.shape[1:]
         found: list[_Candidate] = []
+        seen: dict[_Box, _Candidate] = {}
         for start in starts:
             if len(found) >= NUM_STARTS and max(found).fit >= self.min_fit:
                 break
             side = min(max(4, round(start.side * sum(scale) / 2)), height, width)
             top, left = min(round(start.top * scale[0]), height - side), min(round(start.left * scale[1]), width - side)
-            found.append(self._climb(x_3HW, background_3, _Box(left, top, side), max(1, round(max(scale)))))
+            found.append(self._climb(x_3HW, background_3, _Box(left, top, side), max(1, round(max(scale))), seen))
             if found[-1].fit >= GOOD_FIT:
                 break
         best = max(found)
@@ -216,14 +217,17 @@ class SceneReader:
         inside = (left / width, top / height, (left + side) / width, (top + side) / height)
         return Found(self.hexcodes[best.drawing], inside, best.fit)
 
-    def _climb(self, x_3HW: Tensor, background_3: Tensor, start: _Box, reach: int) -> _Candidate:
-        """The best near by, then the best near that one, until it stays."""
-        best = self._nearby(x_3HW, background_3, start, reach)
-        for _ in range(MAX_MOVES):
-            better = self._nearby(x_3HW, background_3, best.box, reach)
-            if better.gain <= best.gain:
+    def _climb(
+        self, x_3HW: Tensor, background_3: Tensor, start: _Box, reach: int, seen: dict[_Box, _Candidate]
+    ) -> _Candidate:
+        """The best near by, then the best near that one, until it stays; `seen` remembers it for starts that meet."""
+        best = _Candidate(float("-inf"), start, 0, 0.0)
+        for _ in range(MAX_MOVES + 1):
+            if best.box not in seen:
+                seen[best.box] = self._nearby(x_3HW, background_3, best.box, reach)
+            if seen[best.box].gain <= best.gain:
                 break
-            best = better
+            best = seen[best.box]
         return best
 
     def _nearby(self, x_3HW: Tensor, background_3: Tensor, box: _Box, reach: int) -> _Candidate:
