@@ -27,6 +27,7 @@ MODELS = (
     "tokenizer.TokenizerModule",
     "pretraining.PretrainingModule",
     "grpo.GRPOModule",
+    "evaluating.EvaluationModule",
 )
 DATA = (
     "text.TextDataModule",
@@ -38,6 +39,7 @@ DATA = (
     "images.ImageDataModule",
     "image_folder.ImageFolderDataModule",
     "prompts.PromptDataModule",
+    "suite.SuiteDataModule",
 )
 CLASSES = f"""Models (--model) of nextflow.lightning_modules: {", ".join(MODELS)}. Data (--data) of nextflow.datamodules:
 {", ".join(DATA)}. Their options: --model.help CLASS, --data.help CLASS, such as --data.help nextflow.datamodules.{DATA[0]}.
@@ -62,7 +64,7 @@ class NextFlowCLI(LightningCLI):
         path = str((self.config[subcommand].get("ckpt_path") if subcommand else None) or "")
         if not path or "://" in path or Path(path).exists() or (subcommand == "fit" and path in ("last", "hpc")):
             return
-        hint = "`fit` writes it into the `dirpath` of ModelCheckpoint (last.ckpt with `save_last: true`)"
+        hint = "`fit` writes last.ckpt into the logger's folder, or into the `dirpath` of LastCheckpoint"
         hint += "; `--ckpt_path last` resumes if there is one, else starts anew" if subcommand == "fit" else ""
         raise FileNotFoundError(f"--ckpt_path: there is no checkpoint {path!r}. {hint}.")
 

@@ -16,19 +16,24 @@ from nextflow.evaluation.pictures import Cell, draw_sheet
 class RolloutPictures(L.Callback):
     """Draws the last training batch of a module with `last_rollouts` (prompts, images, rewards, num_generations).
 
-    Every sheet goes to TensorBoard, where there is one, as grpo/rollouts, and to OUTPUT/STEP.png if a folder is given.
+    Every sheet goes to TensorBoard, where there is one, as grpo/rollouts, and to OUTPUT/STEP.png.
 
     Args:
         every_n_steps: optimiser steps between sheets; the first batch is drawn too.
         num_groups: groups of a sheet, one row each; a row of the best and one of the worst pictures follow.
-        output: folder to write; null writes no files.
+        output: folder to write to; `pictures` in the logger's folder if not given.
     """
 
     def __init__(self, every_n_steps: int = 50, num_groups: int = 4, output: str | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"RolloutPictures.every_n_steps must be positive, not {every_n_steps}")
-        self.every_n_steps, self.num_groups, self.output = every_n_steps, num_groups, output
+        self.every_n_steps, self.num_groups = every_n_steps, num_groups
+        self.folder = None if output is None else Path(output)
         self._next = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Ask for the logger's folder, on all processes: they agree on it by a broadcast."""
+        self.folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draw a sheet where one is due."""
@@ -37,10 +42,9 @@ class RolloutPictures(L.Callback):
         self._next = trainer.global_step - trainer.global_step % self.every_n_steps + self.every_n_steps
         sheet = self.sheet(pl_module.last_rollouts)
         show(trainer, "grpo/rollouts", sheet)
-        if self.output is not None:
-            folder = Path(self.output)
-            folder.mkdir(parents=True, exist_ok=True)
-            sheet.save(folder / f"{trainer.global_step:06d}.png")
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sheet.save(self.folder / f"{trainer.global_step:06d}.png")
 
     def sheet(self, rollouts: Any) -> Image.Image:
         """The sheet of a batch."""

@@ -164,6 +164,7 @@ class Buckets:
         self._buckets: dict[Bucket, list[Read[LoadedImage]]] = {}
 
     def add(self, read: Read[LoadedImage]) -> ImageBatch | None:
+        """A batch, if this image fills its bucket."""
         bucket = self._buckets.setdefault(read.item.bucket, [])
         bucket.append(read)
         if len(bucket) < self.batch_size:
@@ -171,9 +172,11 @@ class Buckets:
         return self._batch(self._buckets.pop(read.item.bucket))
 
     def pending(self) -> list[Read[LoadedImage]]:
+        """Images that no batch has had yet."""
         return [read for bucket in self._buckets.values() for read in bucket]
 
     def flush(self) -> list[ImageBatch]:
+        """What is left, a smaller batch for each bucket."""
         batches = [self._batch(bucket) for bucket in self._buckets.values()]
         self._buckets.clear()
         return batches

@@ -173,7 +173,9 @@ def _file_of(photograph: Photograph, size: int) -> Path:
     package = PACKAGES[photograph.module]
     spec = find_spec(photograph.module)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{package} is not installed: pip install 'nextflow-ar[photographs]'")
+        raise ModuleNotFoundError(
+            f"{package} is not installed: in the folder of NextFlow, pip install -e '.[photographs]'"
+        )
     path = Path(spec.origin).parent / photograph.file
     if not path.is_file():
         raise FileNotFoundError(

@@ -51,6 +51,7 @@ class PromptSource:
         return [part["text"] for part in self.parts if "text" in part] if self.parts else [self.item.prompt]
 
     def read_image(self, name: str) -> bytes:
+        """The file of a picture of its document."""
         assert self.shard is not None
         return self.shard.read(self.key, name)
 

@@ -71,10 +71,12 @@ class Curve:
 
     @property
     def last(self) -> float:
+        """The last value."""
         return float(self.value_N[-1])
 
     @property
     def median(self) -> float:
+        """Of all values."""
         return float(np.median(self.value_N))
 
     @property

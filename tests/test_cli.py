@@ -242,7 +242,7 @@ def test_missing_checkpoint_is_explained(
     base: str, capsys: pytest.CaptureFixture[str], subcommand: str, path: str
 ) -> None:
     message = refusal(capsys, subcommand, "-c", base, "--ckpt_path", path)
-    assert repr(path) in message and "ModelCheckpoint" in message and "Traceback" not in message
+    assert repr(path) in message and "LastCheckpoint" in message and "Traceback" not in message
 
 
 def test_ckpt_path_last_starts_then_resumes(base: str) -> None:

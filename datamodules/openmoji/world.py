@@ -52,11 +52,6 @@ class World:
     """Layout of a composed scene to its share."""
 
     @cached_property
-    def by_points(self) -> dict[tuple[int, ...], Drawing]:
-        """Drawings by their code points without variation selectors."""
-        return {drawing.code_points: drawing for drawing in self.drawings}
-
-    @cached_property
     def by_name(self) -> dict[str, Drawing]:
         """Drawings by the name of the package `emoji`."""
         return {drawing.name: drawing for drawing in self.drawings}

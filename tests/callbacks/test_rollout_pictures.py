@@ -30,6 +30,14 @@ def test_sheets_are_written_when_due(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.png", "000004.png", "000008.png"]
 
 
+def test_sheets_lie_beside_the_log_if_nothing_else_is_said(tmp_path):
+    callback = RolloutPictures()
+    trainer = SimpleNamespace(global_step=1, is_global_zero=True, loggers=[], log_dir=str(tmp_path / "log"))
+    callback.on_fit_start(trainer, module())
+    callback.on_train_batch_end(trainer, module(), None, None, 0)
+    assert (tmp_path / "log/pictures/000001.png").is_file()
+
+
 def test_best_and_worst_stand_below_the_groups():
     sheet = RolloutPictures(num_groups=1).sheet(module().last_rollouts)
     assert isinstance(sheet, Image.Image)

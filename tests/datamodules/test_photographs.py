@@ -93,7 +93,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="train_crops"):
         make_photographs(PhotographsConfig(output=str(tmp_path), train_crops=0))
     monkeypatch.setattr(photographs, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"nextflow-ar\[photographs\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e \'\.\[photographs\]\'"):
         make_photographs(PhotographsConfig(output=str(tmp_path)))
 
 
