@@ -66,7 +66,7 @@ STAGES = (
         title="pre-train the semantic encoder on images and captions",
         kind="fit",
         config="2_contrastive.yaml",
-        minutes=0.9,
+        minutes=1.0,
         needs=("data",),
     ),
     Stage(
