@@ -95,12 +95,13 @@ def _edit_of(image_CHW: Tensor, known: Mapping[str, Any], source: int) -> _Edit 
     sources, reference = known.get("sources") or (), known.get("reference")
     if not sources or reference is None:
         return None
-    source_CHW, result_CHW = (_fit(picture, image_CHW.shape[1:]) for picture in (sources[source], reference))
+    source_CHW, result_CHW = (fit(picture, image_CHW.shape[1:]) for picture in (sources[source], reference))
     changed_HW = (source_CHW - result_CHW).abs().amax(dim=0) > CHANGED_ABOVE
     return _Edit(image_CHW.float() / 255, source_CHW, result_CHW, changed_HW)
 
 
-def _fit(image_CHW: Tensor, size: Sequence[int]) -> Tensor:
+def fit(image_CHW: Tensor, size: Sequence[int]) -> Tensor:
+    """A picture (uint8) in [0, 1], resized where its size is another."""
     image = image_CHW.float() / 255
     if image.shape[1:] == torch.Size(size):
         return image
