@@ -63,18 +63,10 @@ def main() -> None:
 
 def _cell(folder: Path, prefix: int, seed: int, given: argparse.Namespace, judge: SceneJudge) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    overlay = folder / "overlay.yaml"
-    overlay.write_text(
-        "trainer:\n  callbacks:\n"
-        "    - class_path: nextflow.callbacks.last_checkpoint.LastCheckpoint\n"
-        f"      init_args: {{dirpath: {folder}/grpo, every_n_train_steps: 10}}\n"
-        "    - class_path: nextflow.callbacks.rollout_pictures.RolloutPictures\n"
-        f"      init_args: {{every_n_steps: {max(1, given.steps // 2)}, output: {folder}/pictures}}\n"
-    )
     last = folder / "grpo" / "last.ckpt"
     command = [
         sys.executable, str(ROOT / "main.py"), "fit",
-        *(word for config in [*given.config, overlay] for word in ("-c", str(config))),
+        *(word for config in given.config for word in ("-c", str(config))),
         f"--trainer.max_steps={given.steps}", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
         f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=grpo",
         f"--seed_everything={seed}", f"--data.seed={100_000 * seed}",

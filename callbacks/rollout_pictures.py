@@ -27,13 +27,14 @@ class RolloutPictures(L.Callback):
     def __init__(self, every_n_steps: int = 50, num_groups: int = 4, output: str | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"RolloutPictures.every_n_steps must be positive, not {every_n_steps}")
-        self.every_n_steps, self.num_groups = every_n_steps, num_groups
-        self.folder = None if output is None else Path(output)
+        self.every_n_steps, self.num_groups, self.output = every_n_steps, num_groups, output
+        self.folder: Path | None = None
         self._next = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Ask for the logger's folder, on all processes: they agree on it by a broadcast."""
-        self.folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+        if not trainer.fast_dev_run:  # which writes nothing
+            self.folder = Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / "pictures")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Draw a sheet where one is due."""

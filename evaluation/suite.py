@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from nextflow.evaluation.drawings import SPLITS
 from nextflow.evaluation.retrieval import Proportion, wilson
+
+if TYPE_CHECKING:
+    import torch
 
 Part = str | np.ndarray
 """A text, or a picture (uint8 [H, W, 3])."""
@@ -125,6 +127,8 @@ def text_of(parts: Iterable[Part]) -> str:
 
 def image_of(pixels_HWC: np.ndarray) -> torch.Tensor:
     """A picture as rewards take it: uint8 [3, H, W]."""
+    import torch  # here: tables of scores need none
+
     return torch.from_numpy(np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)))
 
 

@@ -37,7 +37,7 @@ from nextflow.lightning_modules.grpo_objective import (
     middle_return,
     policy_loss,
 )
-from nextflow.lightning_modules.grpo_rollouts import RolloutConfig, Rollouts, roll_out
+from nextflow.lightning_modules.grpo_rollouts import RolloutConfig, Rollouts, Stage, roll_out
 from nextflow.lightning_modules.grpo_scoring import ScoredRollouts, shown_to_rewards
 from nextflow.lightning_modules.pretraining import PretrainingModule
 from nextflow.lightning_modules.sharding import clip_gradients, gathered
@@ -203,17 +203,7 @@ class GRPOModule(PretrainingModule):
         scores = self._score(prompts, rollouts.results)
         reward_N = self._returns(prompts, rollouts, scores)
         advantage_N = self._advantages(reward_N, scores)
-        masks = self._masks(prompts, rollouts.results)
-        made = micro_batches(
-            rollouts.results,
-            masks,
-            stage,
-            size=self.micro_batch_size,
-            vocabulary=self.config.vocabulary,
-            layout=self.layout,
-            rollouts=self.rollouts,
-            objective=self.objective,
-        )
+        made = self.lay_out(rollouts.results, self._masks(prompts, rollouts.results), stage)
         batches = [
             micro.to(self.device) for micro in normalise(made, len(prompts), self.objective, self._mean_over_ranks)
         ]
@@ -221,6 +211,21 @@ class GRPOModule(PretrainingModule):
         images = [result.image for result in rollouts.results if result.image is not None]
         self.last_rollouts = ScoredRollouts(
             [prompt.text for prompt in prompts], images, scores.total_N, self.rollouts.num_generations
+        )
+
+    def lay_out(
+        self, results: Sequence[GenerationResult], masks: Sequence[Tensor | None], stage: Stage
+    ) -> list[MicroBatch]:
+        """Answers as micro-batches of the learner, their weights not yet divided by what all ranks have (`normalise`)."""
+        return micro_batches(
+            results,
+            masks,
+            stage,
+            size=self.micro_batch_size,
+            vocabulary=self.config.vocabulary,
+            layout=self.layout,
+            rollouts=self.rollouts,
+            objective=self.objective,
         )
 
     def _optimise(self, batches: Sequence[MicroBatch], advantage_N: Tensor) -> None:

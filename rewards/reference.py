@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from nextflow.rewards.edit import fit
 from nextflow.rewards.reward import Reward
 
 LARGE_DIFFERENCE = 0.25
@@ -31,8 +31,20 @@ class ReferenceReward(Reward):
         return torch.tensor([_score(image, known.get("reference")) for image, known in zip(images, metadata)])
 
 
+def nearness(difference: Tensor) -> float:
+    """1 where pictures do not differ, 0 from a mean difference (of values in [0, 1]) of `LARGE_DIFFERENCE` on."""
+    return float((1 - difference.abs().mean() / LARGE_DIFFERENCE).clamp(min=0))
+
+
+def fitted(image_CHW: Tensor, size: Sequence[int]) -> Tensor:
+    """A uint8 picture in [0, 1], resized where its (height, width) is another."""
+    image = image_CHW.float() / 255
+    if image.shape[1:] == torch.Size(size):
+        return image
+    return F.interpolate(image[None], size=tuple(size), mode="bilinear", antialias=True)[0]
+
+
 def _score(image_CHW: Tensor, known_CHW: Tensor | None) -> float:
     if known_CHW is None:
         return float("nan")
-    difference = (image_CHW.float() / 255 - fit(known_CHW, image_CHW.shape[1:])).abs().mean()
-    return float((1 - difference / LARGE_DIFFERENCE).clamp(min=0))
+    return nearness(image_CHW.float() / 255 - fitted(known_CHW, image_CHW.shape[1:]))

@@ -156,11 +156,11 @@ class SceneReader:
         energy_BP = F.avg_pool2d(q_B3hw.square().sum(dim=1, keepdim=True), side, stride=1).flatten(1) * side * side
         return gain_BPD, energy_BP
 
-    def _likely(self, x_3hw: Tensor, background_3: Tensor, box: _Box) -> Tensor:
-        """The drawings that explain a box best."""
+    def _likely(self, x_3hw: Tensor, background_3: Tensor, box: _Box) -> Tensor | None:
+        """The drawings that explain a box best; None for all, which need no choice."""
         number = max(1, LIKELY_PIXELS // box.side**2)
         if number >= len(self.hexcodes):
-            return torch.arange(len(self.hexcodes))
+            return None
         patch_13ss = x_3hw[None, :, box.top : box.top + box.side, box.left : box.left + box.side]
         side = min(box.side, MAX_KEPT_SIDE)
         if side < box.side:
@@ -244,9 +244,8 @@ class SceneReader:
             row, column = divmod(place, window_13hw.shape[3] - side + 1)
             gain = float(found.gain[place])
             fit = gain / max(float(found.energy[place]), 1e-6)
-            candidates.append(
-                _Candidate(gain, _Box(left + column, top + row, side), int(likely[found.drawing[place]]), fit)
-            )
+            drawing = int(found.drawing[place] if likely is None else likely[found.drawing[place]])
+            candidates.append(_Candidate(gain, _Box(left + column, top + row, side), drawing, fit))
         return max(candidates)
 
     def _templates_of(self, side: int, drawings: Tensor | None = None) -> Templates:
@@ -256,7 +255,7 @@ class SceneReader:
         if side not in self._templates:
             self._templates[side] = Templates.of(self._drawings_D4ss, side)
         kept = self._templates[side]
-        return kept if drawings is None or len(drawings) == len(self.hexcodes) else kept.only(drawings)
+        return kept if drawings is None else kept.only(drawings)
 
 
 @lru_cache(maxsize=4)
@@ -295,7 +294,7 @@ class _Finds(NamedTuple):
 def _patches(x_BChw: Tensor, side: int) -> Tensor:
     """All squares of a side, [B, P, C * side * side]: as `F.unfold`, transposed, but copied row by row: five times faster."""
     x_BCyxss = x_BChw.unfold(2, side, 1).unfold(3, side, 1)
-    return x_BCyxss.permute(0, 2, 3, 1, 4, 5).reshape(len(x_BChw), x_BCyxss[0, 0, ..., 0, 0].numel(), -1)
+    return x_BCyxss.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 def _overlap(first: Found, second: Found) -> float:

@@ -21,21 +21,27 @@ def module():
     )
 
 
+def drawn(callback, log_dir, *steps, fast_dev_run=False):
+    """Trains a batch at each step, two optimiser steps a batch."""
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[], log_dir=str(log_dir), fast_dev_run=fast_dev_run)
+    callback.on_fit_start(trainer, module())
+    for trainer.global_step in steps:
+        callback.on_train_batch_end(trainer, module(), None, None, 0)
+
+
 def test_sheets_are_written_when_due(tmp_path):
-    callback = RolloutPictures(every_n_steps=4, output=str(tmp_path))
-    for step in (2, 4, 6, 8, 10):  # two optimiser steps a batch
-        callback.on_train_batch_end(
-            SimpleNamespace(global_step=step, is_global_zero=True, loggers=[]), module(), None, None, 0
-        )
+    drawn(RolloutPictures(every_n_steps=4, output=str(tmp_path)), tmp_path / "log", 2, 4, 6, 8, 10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000002.png", "000004.png", "000008.png"]
 
 
 def test_sheets_lie_beside_the_log_if_nothing_else_is_said(tmp_path):
-    callback = RolloutPictures()
-    trainer = SimpleNamespace(global_step=1, is_global_zero=True, loggers=[], log_dir=str(tmp_path / "log"))
-    callback.on_fit_start(trainer, module())
-    callback.on_train_batch_end(trainer, module(), None, None, 0)
+    drawn(RolloutPictures(), tmp_path / "log", 1)
     assert (tmp_path / "log/pictures/000001.png").is_file()
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    drawn(RolloutPictures(output=str(tmp_path / "sheets")), tmp_path / "log", 1, fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_best_and_worst_stand_below_the_groups():

@@ -12,6 +12,7 @@ from transformers import Siglip2Config, Siglip2Model
 from nextflow.datamodules.batches import ImageBatch
 from nextflow.models.tokenizer.config import PixelConfig, SemanticConfig, TokenizerConfig
 from nextflow.sequence.scales import ScaleSchedule
+from nextflow.tests.lightning_modules.tiny_grpo import write_models
 
 SCHEDULE = ScaleSchedule(sides=(1, 2, 4), levels={16: 2, 32: 3}, stride=8)
 
@@ -106,3 +107,11 @@ def fit(tmp_path: Path) -> Callable[..., L.Trainer]:
         return trainer
 
     return run
+
+
+@pytest.fixture(scope="session")
+def grpo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every GRPO run of `tiny_grpo` starts from."""
+    folder = tmp_path_factory.mktemp("grpo")
+    write_models(folder)
+    return folder

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from PIL import Image
 
@@ -17,20 +16,12 @@ from nextflow.tests.lightning_modules.tiny_grpo import (
     make,
     prompts,
     trainer,
-    write_models,
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grpo")
-    write_models(folder)
-    return folder
-
-
-def test_prefix_tuning_leaves_late_scales_out(folder):
+def test_prefix_tuning_leaves_late_scales_out(grpo_folder):
     """Rows end behind the last trained scale; embeddings of later scales and inputs get no gradient; early ones do."""
-    module, requests = built(folder, rollouts=RolloutConfig(num_generations=3, prefix_scales=2))
+    module, requests = built(grpo_folder, rollouts=RolloutConfig(num_generations=3, prefix_scales=2))
     _, batches = laid_out(module, requests)
     assert {scale for batch in batches for scale in batch.actions.scale_T.tolist()} == {1, 2}
     longest = max(len(request.segments[0].ids) for request in requests)
@@ -45,10 +36,10 @@ def test_prefix_tuning_leaves_late_scales_out(folder):
     assert gradient[1:3].abs().sum(dim=1).gt(0).all() and not gradient[3:].any()
 
 
-def test_middle_return_trains_prefix_and_suffix_in_turn(folder):
+def test_middle_return_trains_prefix_and_suffix_in_turn(grpo_folder):
     config = RolloutConfig(num_generations=3, prefix_scales=2, middle_return=True, num_completions=2, prefix_updates=3)
     assert [config.stage(batch) for batch in range(5)] == ["prefix", "prefix", "prefix", "suffix", "prefix"]
-    module, requests = built(folder, rollouts=config)
+    module, requests = built(grpo_folder, rollouts=config)
     prefix, batches = laid_out(module, requests, "prefix")
     assert len(prefix.results) == len(prefix.completions) == 9
     for result, completion in zip(prefix.results, prefix.completions):
@@ -65,9 +56,9 @@ def test_middle_return_trains_prefix_and_suffix_in_turn(folder):
             torch.testing.assert_close(
                 module.logprobs(module.transformer, batch)[0], batch.sampler_T, rtol=0, atol=1e-4
             )
-    fitted = make(folder, Watched, rollouts=config)
-    run = trainer(folder, max_steps=4)
-    run.fit(fitted, datamodule=prompts(folder))
+    fitted = make(grpo_folder, Watched, rollouts=config)
+    run = trainer(grpo_folder, max_steps=4)
+    run.fit(fitted, datamodule=prompts(grpo_folder))
     # A prefix's return is over two answers, so rewards are asked for twice a batch, and once for suffixes.
     calls = fitted.rewards.rewards["brightness"].calls
     assert len(calls) == 3 * 2 + 1
@@ -79,9 +70,9 @@ def test_middle_return_trains_prefix_and_suffix_in_turn(folder):
     torch.testing.assert_close(fitted.returns[3], scores[-1])
 
 
-def test_masks_leave_codes_out(folder):
+def test_masks_leave_codes_out(grpo_folder):
     rollouts = RolloutConfig(num_generations=3, mask_propagation=True)
-    module, requests = built(folder, rollouts=rollouts)
+    module, requests = built(grpo_folder, rollouts=rollouts)
     upper = torch.zeros(32, 32, dtype=torch.bool)
     upper[:16] = True
     _, batches = laid_out(module, requests, masks=[upper] * 9)
@@ -92,17 +83,17 @@ def test_masks_leave_codes_out(folder):
             torch.testing.assert_close(
                 module.logprobs(module.transformer, batch)[0], batch.sampler_T, rtol=0, atol=1e-4
             )
-    fitted = make(folder, Watched, rollouts=rollouts)
-    trainer(folder).fit(fitted, datamodule=prompts(folder))
+    fitted = make(grpo_folder, Watched, rollouts=rollouts)
+    trainer(grpo_folder).fit(fitted, datamodule=prompts(grpo_folder))
     for batch in (batch for batches in fitted.learnt for batch in batches):  # `Brightness` looks at the upper half
         counts = torch.bincount(batch.actions.scale_T, minlength=4) / len(batch.actions.rollout_T.unique())
         assert counts.tolist() == [0, 1, 2, 8]
 
 
-def test_roll_outs_are_guided_and_the_reference_stays(folder):
-    module = make(folder, Watched, guidance=2.0, objective=ObjectiveConfig(beta=0.1))
-    run = trainer(folder)
-    run.fit(module, datamodule=prompts(folder))
+def test_roll_outs_are_guided_and_the_reference_stays(grpo_folder):
+    module = make(grpo_folder, Watched, guidance=2.0, objective=ObjectiveConfig(beta=0.1))
+    run = trainer(grpo_folder)
+    run.fit(module, datamodule=prompts(grpo_folder))
     assert module.requests and all(request.guidance == 2.0 for request in module.requests)
     start = module.build(from_start=True).state_dict()
     for name, value in module.reference.state_dict().items():
@@ -110,9 +101,9 @@ def test_roll_outs_are_guided_and_the_reference_stays(folder):
     assert not torch.equal(module.transformer.head.weight, start["head.weight"])
 
 
-def test_words_before_the_picture_are_actions_too(folder):
-    module = make(folder, max_text_tokens=4)
-    (batch,) = prompts(folder, prompts=PROMPTS[:2]).predict_dataloader()
+def test_words_before_the_picture_are_actions_too(grpo_folder):
+    module = make(grpo_folder, max_text_tokens=4)
+    (batch,) = prompts(grpo_folder, prompts=PROMPTS[:2]).predict_dataloader()
     requests = [replace(module.request(prompt), task="reasoning") for prompt in batch.prompts]
     module.transformer = module.build(from_start=True)
     rollouts, batches = laid_out(module, requests)
@@ -128,11 +119,11 @@ def test_words_before_the_picture_are_actions_too(folder):
             )
 
 
-def test_edits_reach_the_rewards_with_their_sources(folder, tmp_path):
+def test_edits_reach_the_rewards_with_their_sources(grpo_folder, tmp_path):
     Image.new("RGB", (32, 32), "blue").save(tmp_path / "blue.png")
     items = [PromptItem(prompt="a red dog", image=str(tmp_path / "blue.png"))]
-    module = make(folder)
-    trainer(folder, max_steps=1).fit(module, datamodule=prompts(folder, prompts=items))
+    module = make(grpo_folder)
+    trainer(grpo_folder, max_steps=1).fit(module, datamodule=prompts(grpo_folder, prompts=items))
     ((images, texts, metadata),) = module.rewards.rewards["brightness"].calls
     assert len(images) == 6 and set(texts) == {"a red dog"}
     (source,) = metadata[0]["sources"]

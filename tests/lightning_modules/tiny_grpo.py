@@ -5,7 +5,7 @@ import torch
 
 from nextflow.datamodules.prompts import PromptDataModule
 from nextflow.lightning_modules.grpo import GRPOModule
-from nextflow.lightning_modules.grpo_learner import micro_batches, normalise
+from nextflow.lightning_modules.grpo_learner import normalise
 from nextflow.lightning_modules.grpo_rollouts import RolloutConfig, roll_out
 from nextflow.lightning_modules.pretraining import PretrainingModule
 from nextflow.lightning_modules.tokenizer import TokenizerModule
@@ -120,14 +120,5 @@ def built(folder, **changes):
 
 def laid_out(module, requests, stage="whole", masks=None):
     rollouts = roll_out(requests, stage, module.rollouts, module._answer)
-    made = micro_batches(
-        rollouts.results,
-        masks or [None] * len(rollouts.results),
-        stage,
-        size=module.micro_batch_size,
-        vocabulary=module.config.vocabulary,
-        layout=module.layout,
-        rollouts=module.rollouts,
-        objective=module.objective,
-    )
+    made = module.lay_out(rollouts.results, masks or [None] * len(rollouts.results), stage)
     return rollouts, normalise(made, len(rollouts.results), module.objective, lambda value: value)
